@@ -1,0 +1,72 @@
+"""Fingerprints: short, stable names for the contents of models and tokenizers.
+
+A model's fingerprint is a SHA-256 over the shapes and evenly spaced values of all its
+floating-point matrices, read as float32 and taken as a set. So it is the same for a
+live model and for its checkpoint's files (names and prefixes, tied copies and buffers
+do not matter), the same whether stored as float16 or loaded as float32, costs
+milliseconds, and changes with any edit of a weight. It guards against mistakes, not
+against forgery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+SAMPLES_PER_MATRIX = 4096
+
+
+def sample_positions(numel: int) -> list[int]:
+    """Row-major positions of the values that stand for a matrix of `numel` values."""
+    count = min(numel, SAMPLES_PER_MATRIX)
+    return [index * numel // count for index in range(count)]
+
+
+def fingerprint_samples(samples: Iterable[tuple[tuple[int, ...], bytes]]) -> str:
+    """Fingerprint from (shape, little-endian float32 values at `sample_positions`)
+    of every floating-point tensor of two dimensions."""
+    digests = {
+        hashlib.sha256(repr(tuple(shape)).encode() + values).hexdigest()
+        for shape, values in samples
+    }
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Fingerprint of a loaded model. Equals that of the checkpoint it came from,
+    unless loading rounded the weights."""
+
+    def samples() -> Iterable[tuple[tuple[int, ...], bytes]]:
+        for tensor in model.state_dict().values():
+            if tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel():
+                positions = torch.tensor(
+                    sample_positions(tensor.numel()), device=tensor.device
+                )
+                values = tensor.detach().reshape(-1)[positions]
+                array = values.to(torch.float32).cpu().numpy()
+                yield tuple(tensor.shape), array.astype("<f4").tobytes()
+
+    return fingerprint_samples(samples())
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's rules and vocabulary. Padding and truncation settings,
+    which calls change as they go, are left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules.pop("padding", None)
+        rules.pop("truncation", None)
+    else:
+        rules = {
+            "class": type(tokenizer).__name__,
+            "vocabulary": tokenizer.get_vocab(),
+            "special": tokenizer.special_tokens_map,
+        }
+    text = json.dumps(rules, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
