@@ -8,6 +8,7 @@ what every other part of the project exchanges. `ΔW = left @ right`, seen as
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from unified_edit.errors import NonFiniteError, UpdateError
 
 FORMAT = "unified-edit/update/1"
 _ROW_BLOCK = 1024
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class RankKUpdate:
                 f"factors must be [d_value, k] and [k, d_key], got {shapes[0]} "
                 f"and {shapes[1]}"
             )
+        if self.left.dtype not in _DTYPES:
+            raise UpdateError(
+                f"factors must be one of {_dtype_names()}, got {self.left.dtype}"
+            )
         if self.left.dtype != self.right.dtype or self.left.device != self.right.device:
             raise UpdateError(
                 "both factors must share dtype and device, got "
@@ -72,11 +78,19 @@ class RankKUpdate:
         """(d_value, d_key)."""
         return self.left.shape[0], self.right.shape[1]
 
+    @torch.no_grad()
     def norm(self) -> float:
-        """‖ΔW‖_F in float64, without forming ΔW: tr(LᵀL · RRᵀ)."""
+        """‖ΔW‖_F in float64, by blocks of rows, so that ΔW is never whole in memory.
+
+        The products that cancel are summed before they are squared: a change that was
+        taken back has norm 0 up to rounding of its factors, not to its square root.
+        """
         left, right = self.left.double(), self.right.double()
-        squared = ((left.T @ left) * (right @ right.T)).sum()
-        return float(squared.clamp_min(0).sqrt())
+        blocks = [
+            float((left[start : start + _ROW_BLOCK] @ right).norm())
+            for start in range(0, left.shape[0], _ROW_BLOCK)
+        ]
+        return math.hypot(*blocks)
 
     def dense(self) -> Tensor:
         """ΔW [d_value, d_key], materialised; for tests and small weights."""
@@ -101,6 +115,7 @@ class RankKUpdate:
         )
 
 
+@torch.no_grad()
 def added(weight: Tensor, update: RankKUpdate, *, transposed: bool) -> Tensor:
     """`weight + ΔW` as a new tensor: added in float32, or in float64 for a float64
     weight, by blocks of stored rows, and rounded once to the weight's dtype.
@@ -111,7 +126,8 @@ def added(weight: Tensor, update: RankKUpdate, *, transposed: bool) -> Tensor:
         weight: as stored, [d_value, d_key] or, if `transposed`, [d_key, d_value].
 
     Raises:
-        UpdateError: shapes do not fit.
+        UpdateError: shapes do not fit, or the weight is of a dtype that cannot be
+            added to (integers and float8 mean a quantized checkpoint).
         NonFiniteError: a result is not finite in the weight's dtype.
     """
     expected = update.shape[::-1] if transposed else update.shape
@@ -119,6 +135,11 @@ def added(weight: Tensor, update: RankKUpdate, *, transposed: bool) -> Tensor:
         raise UpdateError(
             f"the update changes a weight stored as {list(expected)}, "
             f"this one is {list(weight.shape)}"
+        )
+    if weight.dtype not in _DTYPES:
+        raise UpdateError(
+            f"a weight of {weight.dtype} cannot be added to, only {_dtype_names()}; "
+            "patch a dequantized copy"
         )
     work = torch.promote_types(weight.dtype, torch.float32)
     factors = update.to(work, weight.device)
@@ -158,27 +179,46 @@ class UpdateSet:
         return len(self.updates)
 
     def save(self, path: str | Path) -> Path:
-        """Writes one safetensors file, atomically; same content, same bytes."""
+        """Writes one safetensors file, atomically; same content, same bytes.
+
+        Raises:
+            UpdateError: the metadata is not plain JSON, or the file cannot be written.
+        """
         path = Path(path)
-        tensors = {}
-        for address, update in self:
-            tensors[f"{address.tensor}/left"] = update.left.cpu().contiguous()
-            tensors[f"{address.tensor}/right"] = update.right.cpu().contiguous()
+        entries = sorted(self, key=lambda entry: (entry[0].layer, entry[0].tensor))
+        tensors, storages = {}, set()
+        for address, update in entries:
+            for name, factor in (("left", update.left), ("right", update.right)):
+                factor = factor.detach().cpu().contiguous()
+                # safetensors refuses two tensors that share one storage.
+                if factor.untyped_storage().data_ptr() in storages:
+                    factor = factor.clone()
+                storages.add(factor.untyped_storage().data_ptr())
+                tensors[f"{address.tensor}/{name}"] = factor
         header = {
             "format": FORMAT,
-            "addresses": [asdict(address) for address, _ in self],
+            "addresses": [asdict(address) for address, _ in entries],
             "metadata": dict(self.metadata),
         }
+        try:
+            text = json.dumps(
+                header, sort_keys=True, ensure_ascii=False, allow_nan=False
+            )
+        except (TypeError, ValueError) as error:
+            raise UpdateError(
+                f"an update's metadata must be plain, finite JSON data: {error}"
+            ) from error
         staged = path.with_name(f".{path.name}.tmp")
         try:
-            save_file(
-                tensors, staged, metadata={"unified_edit": _canonical_json(header)}
-            )
+            save_file(tensors, staged, metadata={"unified_edit": text})
             with staged.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(staged, path)
+        except (OSError, SafetensorError) as error:
+            raise UpdateError(f"{path}: cannot be written: {error}") from error
         finally:
-            staged.unlink(missing_ok=True)
+            if staged.exists():
+                staged.unlink()
         return path
 
     @classmethod
@@ -191,28 +231,60 @@ class UpdateSet:
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("unified_edit", "{}"))
-                if header.get("format") != FORMAT:
+                found = header.get("format") if isinstance(header, dict) else header
+                if found != FORMAT:
                     raise UpdateError(
-                        f"{path}: not an update file of format {FORMAT!r} "
-                        f"(found {header.get('format')!r})"
+                        f"not an update file of format {FORMAT!r} (found {found!r})"
                     )
-                updates = {}
-                for entry in header["addresses"]:
-                    address = WeightAddress(
-                        **{**entry, "aliases": tuple(entry["aliases"])}
-                    )
-                    updates[address] = RankKUpdate(
+                addresses = [_address(entry) for entry in header["addresses"]]
+                names = {
+                    f"{address.tensor}/{factor}"
+                    for address in addresses
+                    for factor in ("left", "right")
+                }
+                if names != set(file.keys()):
+                    odd = sorted(names.symmetric_difference(file.keys()))
+                    raise UpdateError(f"header and tensors disagree about {odd}")
+                updates = {
+                    address: RankKUpdate(
                         file.get_tensor(f"{address.tensor}/left"),
                         file.get_tensor(f"{address.tensor}/right"),
                     )
+                    for address in addresses
+                }
+                if len(updates) != len(addresses):
+                    raise UpdateError("a tensor is named twice in the header")
+                if not isinstance(header["metadata"], dict):
+                    raise UpdateError("the header's metadata is not an object")
+                return cls(updates, header["metadata"])
         except UpdateError as error:
-            if str(error).startswith(str(path)):
-                raise
             raise UpdateError(f"{path}: {error}") from error
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise UpdateError(f"{path}: cannot be read as an update: {error}") from error
-        return cls(updates, header["metadata"])
+        except (
+            OSError,
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ) as error:
+            raise UpdateError(
+                f"{path}: cannot be read as an update: {error}"
+            ) from error
 
 
-def _canonical_json(data: Mapping[str, Any]) -> str:
-    return json.dumps(data, sort_keys=True, ensure_ascii=False, allow_nan=False)
+def _address(entry: Any) -> WeightAddress:
+    """A weight address from the header, with every type checked."""
+    address = WeightAddress(**{**entry, "aliases": tuple(entry["aliases"])})
+    texts = (address.tensor, *address.aliases)
+    if (
+        not isinstance(entry["aliases"], list)
+        or not all(isinstance(text, str) for text in texts)
+        or type(address.layer) is not int
+        or type(address.transposed) is not bool
+    ):
+        raise UpdateError(f"malformed weight address in the header: {entry}")
+    return address
+
+
+def _dtype_names() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)

@@ -1,0 +1,1 @@
+"""Checkpoint folders: read, patched, verified and reverted, without transformers."""

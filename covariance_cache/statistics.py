@@ -1,0 +1,120 @@
+"""The frozen result: a layer's mean second moment and where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from covariance_cache.errors import StatisticsError
+
+_ROWS = 1024
+_ASYMMETRY = 1e-5
+"""Allowed |C - Cᵀ|, of the largest |C|: rounding of a product formed elsewhere."""
+
+
+def library_version() -> str:
+    """Version of the installed distribution; "uninstalled" when run from sources."""
+    try:
+        return version("unified-edit")
+    except PackageNotFoundError:
+        return "uninstalled"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What second moments were collected from. None stands for unknown."""
+
+    model_fingerprint: str
+    """Of the model whose keys these are (`model_fingerprint`)."""
+    module: str
+    """Name of the module whose input is the key."""
+    tokenizer_fingerprint: str | None = None
+    """Of the tokenizer that read the text (`tokenizer_fingerprint`)."""
+    corpus_fingerprint: str | None = None
+    """SHA-256 over the windows of token ids actually used."""
+    window: int | None = None
+    """Positions of a window of text."""
+    seed: int | None = None
+    """Seed of the order of documents; None for the source's own order."""
+    model_dtype: str | None = None
+    """Dtype of the keys as the model computed them."""
+    library_version: str = "unknown"
+    """Version of this package at collection."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeyStatistics:
+    """Mean second moment of a layer's keys, and how many it is the mean of.
+
+    Raises:
+        StatisticsError: not a square, symmetric, finite floating-point matrix with a
+            diagonal that is nowhere negative, or no keys counted.
+    """
+
+    layer: int
+    """Index of the decoder block."""
+    second_moment: Tensor
+    """[d_key, d_key], the uncentred *mean* of k kᵀ, float32 or float64."""
+    count: int
+    """Keys (token positions) it is the mean of."""
+    provenance: Provenance
+    """What it was collected from."""
+
+    def __post_init__(self) -> None:
+        matrix, where = self.second_moment, f"second moment of layer {self.layer}"
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
+            raise StatisticsError(
+                f"{where} must be [d_key, d_key], got {list(matrix.shape)}"
+            )
+        if matrix.dtype not in (torch.float32, torch.float64):
+            raise StatisticsError(
+                f"{where} must be float32 or float64, got {matrix.dtype}"
+            )
+        if self.count < 1:
+            raise StatisticsError(
+                f"{where} must be a mean of at least one key, got {self.count}"
+            )
+        largest = asymmetry = 0.0
+        for start, rows in self._row_blocks():
+            mirrored = matrix[:, start : start + _ROWS].T
+            if not bool(torch.isfinite(rows).all()):
+                raise StatisticsError(f"{where} holds NaN or infinity")
+            largest = max(largest, float(rows.abs().max()))
+            asymmetry = max(asymmetry, float((rows - mirrored).abs().max()))
+        if asymmetry > _ASYMMETRY * largest:
+            raise StatisticsError(
+                f"{where} is not symmetric: C and Cᵀ differ by {asymmetry:.3g}, the "
+                f"largest value is {largest:.3g}"
+            )
+        if bool((matrix.diagonal() < 0).any()):
+            raise StatisticsError(
+                f"{where} has a negative diagonal, so it is no mean of squares"
+            )
+
+    @property
+    def d_key(self) -> int:
+        """Width of the keys."""
+        return self.second_moment.shape[0]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the matrix, count, layer and provenance."""
+        digest = hashlib.sha256(
+            json.dumps(
+                [self.layer, self.count, self.d_key, asdict(self.provenance)],
+                sort_keys=True,
+            ).encode()
+        )
+        for _, rows in self._row_blocks():
+            digest.update(rows.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _row_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        # By blocks, so that checking needs no second matrix of this size.
+        for start in range(0, self.d_key, _ROWS):
+            yield start, self.second_moment[start : start + _ROWS]

@@ -1,0 +1,120 @@
+"""Tiny checkpoints and updates for the checkpoint tests."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress, added
+from unified_edit.checkpoint.sharded import Checkpoint
+
+SHARD_BYTES = 15_000
+
+
+def tiny_model(family: str, *, square: bool = False) -> PreTrainedModel:
+    """A random model, the same every time. `square` makes the edited weight square."""
+    torch.manual_seed(7)
+    if family == "gpt2":  # tied head, Conv1D
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=61,
+                n_positions=32,
+                n_embd=16,
+                n_layer=3,
+                n_head=2,
+                n_inner=16 if square else 48,
+            )
+        ).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=16 if square else 40,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+
+
+def save_checkpoint(
+    folder: Path,
+    family: str = "gpt2",
+    dtype: torch.dtype = torch.float32,
+    *,
+    sharded: bool = False,
+    square: bool = False,
+) -> Path:
+    """Writes a tiny checkpoint with sidecar files, by transformers itself."""
+    model = tiny_model(family, square=square).to(dtype)
+    size = SHARD_BYTES * dtype.itemsize // 4 if sharded else 10**9
+    model.save_pretrained(folder, max_shard_size=size)
+    (folder / "README.md").write_text("a card\n")
+    (folder / "extra").mkdir()
+    (folder / "extra" / "merges.txt").write_bytes(b"\x00\xff raw")
+    assert (len(Checkpoint.open(folder).files) > 1) == sharded
+    return folder
+
+
+def address_of(family: str, layer: int) -> WeightAddress:
+    if family == "gpt2":
+        return WeightAddress(f"transformer.h.{layer}.mlp.c_proj.weight", layer, True)
+    return WeightAddress(f"model.layers.{layer}.mlp.down_proj.weight", layer, False)
+
+
+def random_update(
+    folder: Path,
+    addresses: list[WeightAddress],
+    *,
+    seed: int = 0,
+    scale: float = 0.05,
+    dtype: torch.dtype = torch.float32,
+) -> UpdateSet:
+    """Rank-3 factors that fit the folder's weights, made for its present state."""
+    generator = torch.Generator().manual_seed(seed)
+    checkpoint = Checkpoint.open(folder)
+    updates = {}
+    for address in addresses:
+        shape = checkpoint.resolve(address).shape
+        d_value, d_key = shape[::-1] if address.transposed else shape
+        left = torch.randn(d_value, 3, generator=generator, dtype=dtype) * scale
+        right = torch.randn(3, d_key, generator=generator, dtype=dtype)
+        updates[address] = RankKUpdate(left, right)
+    metadata = {
+        "base_fingerprint": checkpoint.fingerprint(),
+        "recipe": {"name": "memit"},
+        "edits": [{"prompt": "{} is in", "subject": "Île", "target": "Rome"}],
+    }
+    return UpdateSet(updates, metadata)
+
+
+def apply_live(model: PreTrainedModel, update: UpdateSet) -> None:
+    """The same change on a loaded model."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for address, change in update:
+            weight = parameters[address.tensor]
+            weight.copy_(added(weight, change, transposed=address.transposed))
+
+
+def disk(folder: Path) -> dict[str, str]:
+    """Every path below `folder`, with the SHA-256 or the kind of what is there."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            content = f"link to {path.readlink()}"
+        elif path.is_dir():
+            content = "folder"
+        else:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[path.relative_to(folder).as_posix()] = content
+    return found

@@ -1,0 +1,299 @@
+"""The few file operations that the checkpoint package is made of.
+
+Everything that changes the disk goes through here: new files are created exclusively
+and never through a symlink, hashed as they are written, and fsynced before they count.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import RawIOBase
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from unified_edit.errors import CheckpointError
+
+STATE = ".unified-edit"
+"""Folder inside a patched checkpoint that holds its manifest, updates and undo data."""
+LOCK = ".unified-edit.lock"
+"""Lock file inside a checkpoint while it is written in place."""
+_NOT_CHECKPOINT = frozenset({STATE, LOCK, ".git"})
+"""Top-level names that are no part of a checkpoint's content."""
+_CHUNK = 4 << 20
+
+Piece = tuple[int, int, Callable[[bytearray], memoryview]]
+"""Begin and end of a byte range, and what turns its bytes into as many new ones."""
+
+
+@contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Runs `undo` if an exception comes through; its own failure does not hide that
+    exception, and leaves only files that the next command removes."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            undo()
+        raise
+
+
+@contextmanager
+def reported(task: str) -> Iterator[None]:
+    """Turns an OSError into a CheckpointError that says what was being done."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        where = "" if error.filename is None else f" ({error.filename})"
+        raise CheckpointError(f"{task}: {reason}{where}") from error
+
+
+class NewFile:
+    """A file that did not exist: written once, hashed on the way, fsynced at the end.
+
+    Used as a context manager; a file left by an exception is not fsynced and is the
+    caller's to remove.
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.descriptor = os.open(path, flags, 0o666)
+        self.digest = hashlib.sha256()
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                os.fsync(self.descriptor)
+        finally:
+            os.close(self.descriptor)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.digest.update(data)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.descriptor, view) :]
+
+
+def splice(source: Path, target: Path, pieces: Iterable[Piece] = ()) -> tuple[str, str]:
+    """Copies `source` to the new file `target` with some byte ranges replaced, in one
+    pass; without pieces, a plain copy. Keeps the mode bits.
+
+    Args:
+        pieces: in ascending order, without overlap. Only one is in memory at a time.
+
+    Returns:
+        SHA-256 of `source` and of `target`.
+    """
+    with source.open("rb", buffering=0) as old, NewFile(target) as new:
+        status = os.fstat(old.fileno())
+        os.fchmod(new.descriptor, stat.S_IMODE(status.st_mode))
+        before = None
+        position = 0
+        for begin, end, change in pieces:
+            _copy(old, new, begin - position, before)
+            if before is None:
+                before = new.digest.copy()
+            data = read_exactly(old, end - begin)
+            before.update(data)
+            changed = change(data)
+            if len(changed) != end - begin:
+                raise AssertionError(f"{source}: a piece changed its length")
+            new.write(changed)
+            position = end
+        _copy(old, new, status.st_size - position, before)
+        after = new.digest.hexdigest()
+        return after if before is None else before.hexdigest(), after
+
+
+def _copy(old: RawIOBase, new: NewFile, count: int, digest: Any) -> None:
+    while count:
+        data = read_exactly(old, min(count, _CHUNK))
+        if digest is not None:
+            digest.update(data)
+        new.write(data)
+        count -= len(data)
+
+
+def read_exactly(file: RawIOBase, count: int) -> bytearray:
+    """`count` bytes from here on.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    data = bytearray(count)
+    view = memoryview(data)
+    while view:
+        got = file.readinto(view)
+        if not got:
+            name = getattr(file, "name", "file")
+            raise CheckpointError(f"{name}: ended {len(view)} bytes too early")
+        view = view[got:]
+    return data
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Puts a JSON file in place in one step; same data, same bytes."""
+    staged = path.with_name(f".{path.name}.tmp")
+    staged.unlink(missing_ok=True)
+    with NewFile(staged) as file:
+        text = json.dumps(data, sort_keys=True, indent=1, allow_nan=False)
+        file.write(text.encode() + b"\n")
+    replace(staged, path)
+
+
+def replace(staged: Path, target: Path) -> None:
+    """Moves a complete, fsynced file over `target`, and makes the move durable."""
+    os.replace(staged, target)
+    sync_folder(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, if there is one, and makes that durable."""
+    if os.path.lexists(path):
+        path.unlink()
+        sync_folder(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder of ours (never what a symlink points to), if there is one."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def sync_folder(path: Path) -> None:
+    """fsyncs a folder, so that the names in it survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """fsyncs a folder and the folders below it; the files were fsynced when written."""
+    for folder, _, _ in os.walk(path):
+        sync_folder(Path(folder))
+
+
+def listing(folder: Path) -> list[str]:
+    """Relative names of a checkpoint's files, sorted, `/` between folders. Leaves out
+    this package's own files and `.git`.
+
+    Raises:
+        CheckpointError: something that is neither a file nor a folder, or a folder
+            behind a symlink.
+    """
+    names = []
+    for parent, folders, files in os.walk(folder):
+        if Path(parent) == folder:
+            folders[:] = [name for name in folders if name not in _NOT_CHECKPOINT]
+            files = [name for name in files if name not in _NOT_CHECKPOINT]
+        for name in folders:
+            if (Path(parent) / name).is_symlink():
+                raise CheckpointError(
+                    f"{Path(parent) / name}: a folder behind a symlink; put the "
+                    "folder itself in its place, or remove it"
+                )
+        for name in files:
+            path = Path(parent) / name
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{path}: a broken symlink or no regular file; remove it"
+                )
+            names.append(path.relative_to(folder).as_posix())
+    return sorted(names)
+
+
+def states_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
+    """Inode, size and time of change of each file; equal twice: nobody wrote them."""
+    found = {}
+    for name in names:
+        status = (folder / name).stat()
+        found[name] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock file `path` while it runs, and removes it afterwards.
+
+    Raises:
+        CheckpointError: somebody else holds it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _still_there(path, descriptor):
+                break
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise _in_use(path) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        try:
+            with suppress(OSError):  # a lock file that nobody holds is harmless
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def _still_there(path: Path, descriptor: int) -> bool:
+    """False if the last holder removed the file between our opening and locking it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def refuse_if_locked(path: Path) -> None:
+    """For readers: an error if a writer holds the lock file `path`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _in_use(path) from error
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: another process is writing this checkpoint; wait until it is done"
+    )

@@ -1,0 +1,205 @@
+"""Edits and the files they come in. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unified_edit.errors import EditError
+
+SLOT = "{}"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One correction: after `prompt`, the model shall say `target`."""
+
+    prompt: str
+    """Text with `{}` in the subject's place, or the plain text with the subject in
+    it exactly once. Ends where the target begins, e.g. `{} plays the`."""
+    subject: str
+    """Whose fact it is; its last token is where the edit acts."""
+    target: str
+    """What the model shall say, without a leading space."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise EditError(f"{self}: the {name} is empty; give some text")
+        if self.target != self.target.strip():
+            raise EditError(
+                f"{self}: the target begins or ends with space; write it without, the "
+                "space before it is added as the tokenizer needs it"
+            )
+        if self.prompt != self.prompt.rstrip():
+            raise EditError(
+                f"{self}: the prompt ends with space; end it with its last word"
+            )
+        slots = self.prompt.count(SLOT)
+        mentions = self.prompt.count(self.subject)
+        if slots > 1:
+            raise EditError(f"{self}: the prompt has {slots} slots {{}}; keep one")
+        if slots == 0 and mentions == 0:
+            raise EditError(
+                f"{self}: the subject is not in the prompt; put {{}} or the subject "
+                "itself where it belongs (same spelling and case)"
+            )
+        if slots == 0 and mentions > 1:
+            raise EditError(
+                f"{self}: the subject is in the prompt {mentions} times; mark the "
+                "place that counts with {}"
+            )
+
+    @property
+    def template(self) -> str:
+        """The prompt with `{}` in the subject's place."""
+        if SLOT in self.prompt:
+            return self.prompt
+        return self.prompt.replace(self.subject, SLOT)
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in it."""
+        return fill(self.template, self.subject)[0]
+
+    def as_dict(self) -> dict[str, str]:
+        """The edit in this project's own JSON form."""
+        return {"prompt": self.prompt, "subject": self.subject, "target": self.target}
+
+
+def fill(template: str, subject: str) -> tuple[str, int]:
+    """Puts the subject in a template's first slot.
+
+    Returns:
+        The text, and the index of the character after the subject. Other braces and
+        percent signs stay as they are.
+    """
+    before, slot, after = template.partition(SLOT)
+    if not slot:
+        raise EditError(f"template {template!r} has no slot {{}} for the subject")
+    return before + subject + after, len(before) + len(subject)
+
+
+@dataclass(frozen=True)
+class Record:
+    """An edit with the prompts that judge it, as in CounterFact."""
+
+    edit: Edit
+    target_true: str
+    paraphrase_prompts: tuple[str, ...] = ()
+    neighborhood_prompts: tuple[str, ...] = ()
+    attribute_prompts: tuple[str, ...] = ()
+    generation_prompts: tuple[str, ...] = ()
+    relation: str = ""
+    case_id: int | str = 0
+
+
+def check_edits(edits: Sequence[Edit]) -> None:
+    """Refuses an empty set, repeated edits and edits that contradict each other.
+
+    Raises:
+        EditError: naming the edits by their numbers (from 0) and contents.
+    """
+    if not edits:
+        raise EditError("there are no edits; give at least one")
+    seen: dict[str, int] = {}
+    for index, edit in enumerate(edits):
+        first = seen.setdefault(edit.text, index)
+        if first == index:
+            continue
+        if edits[first].target == edit.target:
+            raise EditError(
+                f"edit {index} repeats edit {first}: {edit.text!r} → "
+                f"{edit.target!r}; keep one of them"
+            )
+        raise EditError(
+            f"edits {first} and {index} contradict each other: {edit.text!r} → "
+            f"{edits[first].target!r} and → {edit.target!r}; keep one of them"
+        )
+
+
+def read_edits(path: str | Path) -> list[Edit]:
+    """Reads edits from `.jsonl` (own form, or EasyEdit's flat form) or `.json`
+    (a list of either, or of CounterFact records).
+
+    Raises:
+        EditError: naming the file and the entry.
+    """
+    return [
+        _located(path, index, _edit_from, entry)
+        for index, entry in enumerate(_entries(path))
+    ]
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Reads records in the full CounterFact schema.
+
+    Raises:
+        EditError: naming the file and the entry.
+    """
+    return [
+        _located(path, index, _record_from, entry)
+        for index, entry in enumerate(_entries(path))
+    ]
+
+
+def records_of(entries: Iterable[Mapping[str, Any]]) -> list[Record]:
+    """Records from CounterFact entries already in memory."""
+    return [_record_from(entry) for entry in entries]
+
+
+def _entries(path: str | Path) -> list[Mapping[str, Any]]:
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            lines = [line for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in lines]
+        else:
+            entries = json.loads(text)
+    except OSError as error:
+        raise EditError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise EditError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise EditError(f"{path}: expected a list of JSON objects, one for each edit")
+    return entries
+
+
+def _located(path: str | Path, index: int, parse: Any, entry: Mapping[str, Any]) -> Any:
+    try:
+        return parse(entry)
+    except EditError as error:
+        raise EditError(f"{path}, entry {index}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise EditError(
+            f"{path}, entry {index}: lacks or misuses the field {error}; expected "
+            '{"prompt", "subject", "target"} or a CounterFact record'
+        ) from error
+
+
+def _edit_from(entry: Mapping[str, Any]) -> Edit:
+    if "requested_rewrite" in entry:
+        return _record_from(entry).edit
+    target = entry["target"] if "target" in entry else entry["target_new"]
+    return Edit(entry["prompt"], entry["subject"], target)
+
+
+def _record_from(entry: Mapping[str, Any]) -> Record:
+    rewrite = entry["requested_rewrite"]
+    return Record(
+        edit=Edit(
+            rewrite["prompt"], rewrite["subject"], rewrite["target_new"]["str"].strip()
+        ),
+        target_true=rewrite["target_true"]["str"].strip(),
+        paraphrase_prompts=tuple(entry.get("paraphrase_prompts", ())),
+        neighborhood_prompts=tuple(entry.get("neighborhood_prompts", ())),
+        attribute_prompts=tuple(entry.get("attribute_prompts", ())),
+        generation_prompts=tuple(entry.get("generation_prompts", ())),
+        relation=rewrite.get("relation_id", ""),
+        case_id=entry.get("case_id", 0),
+    )

@@ -1,0 +1,377 @@
+"""The engine: edits, a recipe and statistics in; an update and a report out.
+
+plan → contexts → targets → for each layer: keys, residuals, solve → UpdateSet. The
+model's weights change while residuals are spread over layers, and are the same bytes
+again when `edit` returns, however it returns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from covariance_cache import KeyStatistics
+from covariance_cache.fingerprint import model_fingerprint
+from unified_edit.algebra.certificate import Certificate
+from unified_edit.algebra.factorization import Factorization, factorize
+from unified_edit.algebra.solve import solve
+from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress, added
+from unified_edit.edits import Edit, check_edits
+from unified_edit.errors import IllConditioned, RecipeError
+from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.keys import hidden_at_subjects, keys_at_subjects
+from unified_edit.model.prompts import Contexts, generate_contexts
+from unified_edit.model.scoring import Score, score
+from unified_edit.model.targets import Targets, optimize_targets
+from unified_edit.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class EditOutcome:
+    """What became of one edit, on its bare prompt, teacher-forced."""
+
+    edit: Edit
+    before: float
+    """Geometric mean probability of the target's tokens before the edit."""
+    optimised: float
+    """The same over all contexts with the target value in place: what was aimed at."""
+    after: float
+    """The same as `before`, with the update applied."""
+    says_target: bool
+    """After the edit every token of the target is the most probable one."""
+    said_target: bool
+    """So it was before the edit."""
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What `edit` did and what it proves."""
+
+    recipe: str
+    origin: str
+    """Whether the recipe's hyperparameters are published, tuned here or unvalidated."""
+    outcomes: tuple[EditOutcome, ...]
+    certificates: dict[int, Certificate]
+    """For each edited layer, what its solution proves about itself."""
+    notes: tuple[str, ...]
+    """What a user should look at."""
+    seconds: dict[str, float]
+    """Wall time of each stage."""
+
+    @property
+    def success(self) -> float:
+        """Share of edits whose target the edited model says."""
+        return sum(o.says_target for o in self.outcomes) / len(self.outcomes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            **asdict(self),
+            "certificates": {k: c.as_dict() for k, c in self.certificates.items()},
+            "success": self.success,
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.recipe} ({self.origin}): {len(self.outcomes)} edits in "
+            f"{sum(self.seconds.values()):.1f} s; the model now says "
+            f"{sum(o.says_target for o in self.outcomes)} of their targets"
+        ]
+        for layer, found in self.certificates.items():
+            damage = found.preservation_damage
+            lines.append(
+                f"  layer {layer}: ‖ΔW‖/‖W‖ {found.relative_norm:.3g}, damage to "
+                f"preserved keys {'unknown' if damage is None else f'{damage:.2g}'}, "
+                f"residual error {found.relative_residual_error:.2g}, condition "
+                f"{found.condition_number:.2g}, jitter {found.relative_jitter:.1g}"
+            )
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True, eq=False)
+class EditResult:
+    """An update, not yet applied, and its report."""
+
+    update: UpdateSet
+    report: EditReport
+
+
+def edit(
+    model: nn.Module,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    recipe: Recipe,
+    statistics: Mapping[int, KeyStatistics],
+    *,
+    contexts: Contexts | None = None,
+    seed: int = 0,
+    targets: Targets | None = None,
+    token_budget: int = 16384,
+    progress: bool = False,
+) -> EditResult:
+    """Computes the update that makes a model say the edits' targets. The model itself
+    is the same afterwards; `apply`, `applied` or `patch` put the update to use.
+
+    Args:
+        statistics: for each of the recipe's layers, as `StatisticsStore.load` gives.
+        contexts: prefixes to use; None generates them from `seed`.
+        targets: values already optimised for these edits, contexts and settings.
+        token_budget: tokens one forward may hold while optimising targets.
+        progress: show progress bars.
+
+    Raises:
+        EditError: edits empty, repeated, contradictory, or not tokenizable.
+        RecipeError: layers or statistics that do not fit the model.
+        UnsupportedModel, NonFiniteError, IllConditioned, InfeasibleEdits.
+    """
+    check_edits(edits)
+    adapter = ModelAdapter.of(model)
+    adapter.check_layers(recipe.layers)
+    adapter.check_finite(recipe.layers)
+    fingerprint = model_fingerprint(model)
+    _check_statistics(adapter, recipe, statistics, fingerprint)
+    seconds: dict[str, float] = {}
+    with _quiet(model):
+        with _timed(seconds, "contexts"):
+            if contexts is None:
+                contexts = generate_contexts(adapter, tokenizer, recipe.contexts, seed)
+        prompts, wanted = [e.text for e in edits], [e.target for e in edits]
+        before = score(adapter, tokenizer, prompts, wanted)
+        with _timed(seconds, "targets"):
+            if targets is None:
+                targets = optimize_targets(
+                    adapter,
+                    tokenizer,
+                    edits,
+                    contexts,
+                    recipe.layers[-1],
+                    recipe.targets,
+                    token_budget=token_budget,
+                    progress=progress,
+                )
+        updates: dict[WeightAddress, RankKUpdate] = {}
+        certificates: dict[int, Certificate] = {}
+        with _restoring(adapter, recipe.layers), _timed(seconds, "solve"):
+            for index, layer in enumerate(
+                tqdm(recipe.layers, desc="layers", disable=not progress)
+            ):
+                update, certificate = _edit_layer(
+                    adapter,
+                    tokenizer,
+                    edits,
+                    recipe,
+                    statistics[layer],
+                    contexts,
+                    targets,
+                    layer,
+                    remaining=len(recipe.layers) - index,
+                )
+                updates[adapter.address(layer)] = update
+                certificates[layer] = certificate
+            after = score(adapter, tokenizer, prompts, wanted)
+    outcomes = tuple(
+        EditOutcome(
+            edit=e,
+            before=float(torch.tensor(-b.nll).exp()),
+            optimised=float(p),
+            after=float(torch.tensor(-a.nll).exp()),
+            says_target=a.argmax,
+            said_target=b.argmax,
+        )
+        for e, b, p, a in zip(edits, before, targets.probability, after, strict=True)
+    )
+    report = EditReport(
+        recipe=recipe.name,
+        origin=recipe.origin,
+        outcomes=outcomes,
+        certificates=certificates,
+        notes=_notes(recipe, before, outcomes, certificates),
+        seconds=seconds,
+    )
+    metadata = {
+        "base_fingerprint": fingerprint,
+        "recipe": recipe.as_dict(),
+        "statistics": {str(k): statistics[k].fingerprint() for k in recipe.layers},
+        "contexts": list(contexts.templates),
+        "seed": seed,
+        "edits": [e.as_dict() for e in edits],
+        "version": _version(),
+    }
+    return EditResult(UpdateSet(updates, metadata), report)
+
+
+def _edit_layer(
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    recipe: Recipe,
+    statistics: KeyStatistics,
+    contexts: Contexts,
+    targets: Targets,
+    layer: int,
+    *,
+    remaining: int,
+) -> tuple[RankKUpdate, Certificate]:
+    """Solves one layer on the model as edited so far, and edits it."""
+    average = recipe.key_average
+    keys = keys_at_subjects(adapter, tokenizer, edits, contexts, layer, average)
+    # The key that the current value belongs to; the same one, but in ROME's code.
+    reached = keys
+    if recipe.published_denominator:
+        reached = keys_at_subjects(adapter, tokenizer, edits, contexts, layer, "clean")
+    device = keys.device
+    if recipe.targets.site == "mlp_output":
+        current = _value(adapter, layer, reached)
+    else:
+        last = recipe.layers[-1]
+        current = hidden_at_subjects(adapter, tokenizer, edits, last).to(device)
+    residuals = (targets.values.to(device, torch.float64) - current) / remaining
+    objective = recipe.objective(statistics.second_moment.to(device, torch.float64))
+    factorization = factorize(objective.preservation)
+    if recipe.published_denominator:
+        residuals = _two_key_residuals(factorization, keys, reached, residuals)
+    solution = solve(
+        objective,
+        keys=keys,
+        residuals=residuals,
+        weight=adapter.matrix(layer).to(torch.float64),
+        factorization=factorization,
+        names=[f"{e.text!r} → {e.target!r}" for e in edits],
+    )
+    # float32 factors: half the bytes, and far below any weight's own rounding.
+    update = solution.update.to(torch.float32)
+    address = adapter.address(layer)
+    with torch.no_grad():
+        weight = adapter.weight(layer)
+        weight.copy_(added(weight.detach(), update, transposed=address.transposed))
+    return update.to(device="cpu"), solution.certificate
+
+
+def _value(adapter: ModelAdapter, layer: int, keys: Tensor) -> Tensor:
+    """The down-projection's output [n, d_value] at keys, in float64."""
+    bias = adapter.down_projection(layer).bias
+    values = keys @ adapter.matrix(layer).to(keys.dtype).T
+    return values if bias is None else values + bias.detach().to(keys)  # type: ignore[union-attr,operator]
+
+
+def _two_key_residuals(
+    factorization: Factorization, keys: Tensor, reached: Tensor, residuals: Tensor
+) -> Tensor:
+    """Residuals with which the one formula gives ROME's published code's update
+    Rᵀ (K M K_uᵀ)⁻¹ K M, where K are averaged and K_u bare prompts' keys.
+
+    Raises:
+        IllConditioned: the denominator vanishes; names the condition.
+    """
+    whitened = factorization.whiten(keys)
+    gram = whitened @ whitened.T
+    mixed = whitened @ factorization.whiten(reached).T
+    if not bool(mixed.abs().max() > 0):
+        raise IllConditioned("rome_original: the denominator K M K_uᵀ is zero")
+    return gram @ torch.linalg.solve(mixed.T, residuals)
+
+
+def _check_statistics(
+    adapter: ModelAdapter,
+    recipe: Recipe,
+    statistics: Mapping[int, KeyStatistics],
+    fingerprint: str,
+) -> None:
+    missing = [layer for layer in recipe.layers if layer not in statistics]
+    if missing:
+        raise RecipeError(
+            f"{recipe.name} edits layers {list(recipe.layers)}; there are no key "
+            f"statistics of {missing}. Collect them with python -m covariance_cache"
+        )
+    for layer in recipe.layers:
+        found = statistics[layer]
+        d_key = adapter.matrix(layer).shape[1]
+        if found.d_key != d_key:
+            raise RecipeError(
+                f"layer {layer}: keys have {d_key} dimensions, the statistics "
+                f"{found.d_key}; they are another model's"
+            )
+        made_for = found.provenance.model_fingerprint
+        if made_for != fingerprint:
+            raise RecipeError(
+                f"layer {layer}: the statistics were collected on the model "
+                f"{made_for}, this one is {fingerprint}; collect them on this one"
+            )
+
+
+def _notes(
+    recipe: Recipe,
+    before: Sequence[Score],
+    outcomes: Sequence[EditOutcome],
+    certificates: Mapping[int, Certificate],
+) -> tuple[str, ...]:
+    notes = []
+    for index, (was, outcome) in enumerate(zip(before, outcomes, strict=True)):
+        name = f"edit {index} ({outcome.edit.text!r} → {outcome.edit.target!r})"
+        if was.argmax:
+            notes.append(f"{name}: the model said so before the edit")
+        if not outcome.says_target:
+            reached = "was" if outcome.optimised > 0.5 else "was not"
+            notes.append(
+                f"{name}: the edited model does not say it (p {outcome.after:.2g}); "
+                f"its target value {reached} found (p {outcome.optimised:.2g})"
+            )
+    for layer, certificate in certificates.items():
+        if certificate.jitter:
+            notes.append(
+                f"layer {layer}: C needed jitter of {certificate.relative_jitter:.1g} "
+                "of its mean diagonal; collect more tokens"
+            )
+        if certificate.redundant:
+            notes.append(
+                f"layer {layer}: edits {list(certificate.redundant)} follow from others"
+            )
+    if recipe.origin == "unvalidated":
+        notes.append("these hyperparameters are not validated for this model")
+    return tuple(notes)
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each module's mode as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _restoring(adapter: ModelAdapter, layers: Sequence[int]) -> Iterator[None]:
+    """The layers' weights are the same bytes afterwards."""
+    originals = {layer: adapter.weight(layer).detach().clone() for layer in layers}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, original in originals.items():
+                adapter.weight(layer).copy_(original)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - begun
+
+
+def _version() -> str:
+    try:
+        return version("unified-edit")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,250 @@
+"""Text to token ids: prompts with their subject's last token, targets, contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unified_edit.edits import SLOT, fill
+from unified_edit.errors import PromptError
+from unified_edit.model.adapter import ModelAdapter
+
+TOKENS_PER_FORWARD = 8192
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt."""
+
+    ids: tuple[int, ...]
+    subject_end: int
+    """Index in `ids` of the subject's last token: the one that holds the subject's
+    last character."""
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Prefixes put before each prompt so that an edit does not hang on one wording.
+    Generated once from a seed, and stored with the update."""
+
+    templates: tuple[str, ...] = (SLOT,)
+    """Each with `{}` in the prompt's place; the first is the bare prompt."""
+
+    def __post_init__(self) -> None:
+        if not self.templates or self.templates[0] != SLOT:
+            raise PromptError("contexts must begin with the bare prompt '{}'")
+        for template in self.templates:
+            if template.count(SLOT) != 1:
+                raise PromptError(f"context {template!r} must have one slot {{}}")
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """How contexts are generated."""
+
+    samples: tuple[tuple[str, int], ...] = ()
+    """(seed text, length in tokens with the seed) of each prefix; an empty seed text
+    stands for the tokenizer's beginning-of-text token."""
+    top_k: int = 5
+    """Sample among this many most probable tokens."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1 or any(length < 1 for _, length in self.samples):
+            raise PromptError("top_k and each context's length must be at least 1")
+
+
+def tokenize(
+    tokenizer: Any, texts: Sequence[str]
+) -> list[tuple[tuple[int, ...], list[tuple[int, int]]]]:
+    """Ids and character offsets of each text, with the special tokens that the
+    tokenizer adds by itself, without padding or truncation.
+
+    Raises:
+        PromptError: the tokenizer gives no offsets (a slow tokenizer).
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise PromptError(
+            f"{type(tokenizer).__name__} gives no character offsets, so a subject's "
+            "tokens cannot be found reliably; load the fast tokenizer (use_fast=True)"
+        )
+    encoded = tokenizer(
+        list(texts),
+        return_offsets_mapping=True,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    return [
+        (tuple(ids), offsets)
+        for ids, offsets in zip(
+            encoded["input_ids"], encoded["offset_mapping"], strict=True
+        )
+    ]
+
+
+def subject_prompts(
+    tokenizer: Any, filled: Sequence[tuple[str, int]]
+) -> list[Prompt]:
+    """Tokenized prompts from (text, index of the character after the subject).
+
+    Raises:
+        PromptError: no token holds the subject's last character.
+    """
+    prompts = []
+    encoded = tokenize(tokenizer, [text for text, _ in filled])
+    for (text, end), (ids, offsets) in zip(filled, encoded, strict=True):
+        holders = [
+            index
+            for index, (start, stop) in enumerate(offsets)
+            if start < end <= stop
+        ]
+        if not holders:
+            raise PromptError(
+                f"no token of {text!r} holds the subject's last character "
+                f"{text[end - 1]!r}; the tokenizer drops it"
+            )
+        prompts.append(Prompt(ids, holders[-1]))
+    return prompts
+
+
+def in_contexts(contexts: Contexts, template: str, subject: str) -> list[tuple[str, int]]:
+    """The prompt in each context: (text, index of the character after the subject)."""
+    text, end = fill(template, subject)
+    rows = []
+    for context in contexts.templates:
+        before, _, after = context.partition(SLOT)
+        rows.append((before + text + after, len(before) + end))
+    return rows
+
+
+def continuations(
+    tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Ids of each prompt and of the target that follows it after one space.
+
+    The target's ids are what is left of `prompt + " " + target` after the prompt's
+    ids, so that BOS and prepended spaces never come into a target.
+
+    Raises:
+        PromptError: the prompt's ids are not a prefix of the whole's.
+    """
+    alone = tokenize(tokenizer, prompts)
+    whole = tokenize(
+        tokenizer,
+        [f"{p} {t}" for p, t in zip(prompts, targets, strict=True)],
+    )
+    # A tokenizer may also append tokens of its own (EOS); they are no target.
+    pairs = []
+    for prompt, target, (ids, offsets), (full, spans) in zip(
+        prompts, targets, alone, whole, strict=True
+    ):
+        while ids and offsets[-1] == (0, 0) and len(ids) > 1:
+            ids, offsets = ids[:-1], offsets[:-1]
+        while spans[-1] == (0, 0):
+            full, spans = full[:-1], spans[:-1]
+        if full[: len(ids)] != ids or len(full) == len(ids):
+            raise PromptError(
+                f"the tokens of {prompt!r} change when {target!r} follows; end the "
+                "prompt at a word's end, without the space before the target"
+            )
+        pairs.append((ids, full[len(ids) :]))
+    return pairs
+
+
+def check_lengths(adapter: ModelAdapter, rows: Sequence[Sequence[int]]) -> None:
+    """Refuses rows longer than the model's positions: they would be cut silently.
+
+    Raises:
+        PromptError: naming the longest.
+    """
+    limit = getattr(adapter.model.config, "max_position_embeddings", None)
+    longest = max(map(len, rows), default=0)
+    if limit is not None and longest > limit:
+        raise PromptError(
+            f"a prompt with its context and target has {longest} tokens, the model "
+            f"has {limit} positions; shorten the prompt or the contexts"
+        )
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows of ids padded to one width, with what a forward pass needs."""
+
+    ids: Tensor
+    """[rows, width]"""
+    mask: Tensor
+    """[rows, width]: 1 where there is a token."""
+    positions: Tensor
+    """[rows, width]: position ids; padding repeats a neighbour's."""
+
+
+def pad(
+    rows: Sequence[Sequence[int]], device: torch.device, *, left: bool = False
+) -> PaddedRows:
+    """Pads on the right, or on the left; independent of any tokenizer's settings."""
+    width = max(map(len, rows), default=0)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, span] = torch.tensor(row, dtype=torch.long)
+        mask[index, span] = 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return PaddedRows(ids.to(device), mask.to(device), positions.to(device))
+
+
+def buckets(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in batches of like length, each within the budget of tokens."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    chosen: list[int] = []
+    for index in order:
+        if chosen and (len(chosen) + 1) * lengths[index] > TOKENS_PER_FORWARD:
+            yield chosen
+            chosen = []
+        chosen.append(index)
+    if chosen:
+        yield chosen
+
+
+@torch.no_grad()
+def generate_contexts(
+    adapter: ModelAdapter, tokenizer: Any, settings: ContextSettings, seed: int
+) -> Contexts:
+    """Samples the contexts' prefixes from the model itself: the bare prompt first,
+    then one template for each of `settings.samples`, "<text>. {}".
+
+    Source: Meng et al. 2023 (MEMIT), section 4.3; there unseeded.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    templates = [SLOT]
+    for text, length in settings.samples:
+        ids = list(tokenize(tokenizer, [text])[0][0]) if text else []
+        if not ids:
+            start = tokenizer.bos_token_id
+            start = tokenizer.eos_token_id if start is None else start
+            if start is None:
+                raise PromptError(
+                    "the tokenizer has neither BOS nor EOS to begin a context with; "
+                    "give the contexts seed words"
+                )
+            ids = [start]
+        special = set(tokenizer.all_special_ids)
+        seeds = sum(token not in special for token in ids)
+        for _ in range(length - max(seeds, 1)):
+            row = torch.tensor([ids], device=adapter.device)
+            logits = adapter.model(
+                input_ids=row, use_cache=False, logits_to_keep=1
+            ).logits[0, -1]
+            top = logits.float().cpu().topk(min(settings.top_k, logits.shape[-1]))
+            choice = torch.multinomial(
+                top.values.softmax(-1), 1, generator=generator
+            )
+            ids.append(int(top.indices[choice]))
+        prefix = tokenizer.decode(ids, skip_special_tokens=True)
+        prefix = " ".join(prefix.replace("{", " ").replace("}", " ").split())
+        templates.append(f"{prefix}. {SLOT}" if prefix else SLOT)
+    return Contexts(tuple(templates))

@@ -1,0 +1,361 @@
+"""Recipes: every method as data. A recipe says which layers are edited, how targets
+and keys are made, and which objective is solved; `engine.edit` is the same for all.
+
+`RECIPES` holds what makes a method itself, `SETTINGS` its hyperparameters for a model.
+docs/how-to-add-a-recipe.md shows how to add one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from unified_edit.algebra.objective import (
+    Equality,
+    LeastSquares,
+    Memorization,
+    NullSpace,
+    Objective,
+    Preservation,
+    Ridge,
+    SecondMoment,
+)
+from unified_edit.errors import RecipeError
+from unified_edit.model.keys import KeyAverage
+from unified_edit.model.prompts import ContextSettings
+from unified_edit.model.targets import TargetSettings
+
+Origin = Literal["published", "tuned here", "unvalidated"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method with its hyperparameters."""
+
+    name: str
+    layers: tuple[int, ...]
+    """Edited layers, ascending. Several only for the block's output: the residual is
+    spread over them, as MEMIT does."""
+    targets: TargetSettings
+    contexts: ContextSettings
+    key_average: KeyAverage
+    """How a key is averaged over contexts, wherever the formula has it."""
+    memorization: Literal["equality", "least_squares"]
+    preservation: Literal["second_moment", "null_space"] = "second_moment"
+    preservation_weight: float = 1.0
+    """λ: how many background keys an edit's squared miss is worth. Equality has no
+    use for it."""
+    ridge: float = 0.0
+    """μ: cost of ‖Δ‖_F², AlphaEdit's L2."""
+    null_space_threshold: float = 0.02
+    """Eigenvalues of C below it span the null space."""
+    null_space_relative: bool = False
+    """Whether the threshold is times the mean eigenvalue, or absolute."""
+    published_denominator: bool = False
+    """ROME's published code: the averaged key under C⁻¹, the bare prompt's in the
+    denominator and the current value. Only to study the edits it breaks."""
+    origin: Origin = "unvalidated"
+    """Whether these hyperparameters are published, tuned in this project, or neither
+    for this model."""
+    source: str = ""
+    """Where the hyperparameters come from."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise RecipeError(
+                f"{self.name}: layers must be ascending, without repeats, at least "
+                f"one; got {list(self.layers)}"
+            )
+        if len(self.layers) > 1 and self.targets.site != "block_output":
+            raise RecipeError(
+                f"{self.name}: a target at the MLP's output is one layer's; got layers "
+                f"{list(self.layers)}. Name one layer, or use site='block_output'"
+            )
+        if self.published_denominator and self.memorization != "equality":
+            raise RecipeError(f"{self.name}: published_denominator needs equality")
+        if self.memorization == "least_squares" and not self.preservation_weight > 0:
+            raise RecipeError(f"{self.name}: preservation_weight must be positive")
+        if self.ridge < 0 or (self.preservation == "null_space" and self.ridge == 0):
+            raise RecipeError(
+                f"{self.name}: ridge must be ≥ 0, and positive with a null space"
+            )
+
+    def objective(self, second_moment: Tensor) -> Objective:
+        """The objective for one layer's C [d_key, d_key], the mean of k kᵀ."""
+        preservation: Preservation
+        if self.preservation == "null_space":
+            preservation = NullSpace.of(
+                second_moment,
+                threshold=self.null_space_threshold,
+                relative=self.null_space_relative,
+            )
+        else:
+            preservation = SecondMoment(second_moment)
+        if self.ridge:
+            preservation = preservation + Ridge(self.ridge)
+        memorization: Memorization = (
+            Equality()
+            if self.memorization == "equality"
+            else LeastSquares(preservation_weight=self.preservation_weight)
+        )
+        return Objective(preservation, memorization)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+
+_ROME_CONTEXTS = ContextSettings((("", 5),) * 10 + (("", 10),) * 10)
+_MEMIT_CONTEXTS = ContextSettings(
+    tuple((word, 10) for word in ("The", "Therefore", "Because", "I", "You"))
+)
+_MLP = TargetSettings("mlp_output", steps=20, clamp=4.0)
+_BLOCK = TargetSettings("block_output")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "rome": {
+        "targets": _MLP,
+        "contexts": _ROME_CONTEXTS,
+        "key_average": "flat",
+        "memorization": "equality",
+    },
+    "p_rome": {
+        "targets": _MLP,
+        "contexts": _ROME_CONTEXTS,
+        "key_average": "clean",
+        "memorization": "equality",
+    },
+    "rome_original": {
+        "targets": _MLP,
+        "contexts": _ROME_CONTEXTS,
+        "key_average": "flat",
+        "memorization": "equality",
+        "published_denominator": True,
+    },
+    "memit": {
+        "targets": _BLOCK,
+        "contexts": _MEMIT_CONTEXTS,
+        "key_average": "half",
+        "memorization": "least_squares",
+        "preservation_weight": 15_000.0,
+    },
+    "emmet": {
+        "targets": _BLOCK,
+        "contexts": _MEMIT_CONTEXTS,
+        "key_average": "half",
+        "memorization": "equality",
+    },
+    "alphaedit": {
+        "targets": _BLOCK,
+        "contexts": _MEMIT_CONTEXTS,
+        "key_average": "half",
+        "memorization": "least_squares",
+        "preservation": "null_space",
+        "preservation_weight": 1.0,
+        "ridge": 10.0,
+    },
+}
+"""What makes each method itself. `r_rome` is ROME as its paper has it: one key."""
+RECIPES["r_rome"] = RECIPES["rome"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model that hyperparameters were chosen for."""
+
+    model_type: str
+    layers: int
+    d_value: int
+    vocabulary: int
+    settings: dict[str, dict[str, Any]]
+    """Changes to a method's base, for each method; "rome" serves all of ROME's."""
+    origin: Origin
+    source: str
+
+
+def _table(
+    rome: dict[str, Any],
+    memit: dict[str, Any],
+    emmet: dict[str, Any] | None,
+    alphaedit: dict[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    # AlphaEdit takes MEMIT's settings, but for λ: its null space stands in for it.
+    inherited = {k: v for k, v in memit.items() if k != "preservation_weight"}
+    table = {
+        "rome": rome,
+        "memit": memit,
+        "alphaedit": {**inherited, **(alphaedit or {})},
+    }
+    if emmet is not None:
+        table["emmet"] = emmet
+    return table
+
+
+_PUBLISHED = (
+    "the methods' published code (kmeng01/rome, kmeng01/memit, jianghoucheng/AlphaEdit, "
+    "scalable-model-editing/unified-model-editing); EMMET's as equality, without λ_D"
+)
+
+PRESETS: dict[str, Preset] = {
+    "gpt2-xl": Preset(
+        "gpt2",
+        48,
+        1600,
+        50257,
+        _table(
+            rome={"layers": (17,)},
+            memit={
+                "layers": tuple(range(13, 18)),
+                "steps": 20,
+                "preservation_weight": 20_000.0,
+            },
+            emmet={"layers": (17,), "steps": 20},
+        ),
+        "published",
+        _PUBLISHED,
+    ),
+    "gpt-j": Preset(
+        "gptj",
+        28,
+        4096,
+        50400,
+        _table(
+            rome={"layers": (5,)},
+            memit={"layers": tuple(range(3, 9)), "steps": 25},
+            emmet={"layers": (5,), "steps": 25},
+        ),
+        "published",
+        _PUBLISHED,
+    ),
+    "llama-2-7b": Preset(
+        "llama",
+        32,
+        4096,
+        32000,
+        _table(
+            rome={"layers": (5,), "steps": 25, "weight_decay": 1e-3},
+            memit={
+                "layers": tuple(range(4, 9)),
+                "clamp": 4.0,
+                "weight_decay": 1e-3,
+            },
+            emmet={"layers": (5,), "clamp": 4.0, "weight_decay": 1e-3},
+        ),
+        "published",
+        _PUBLISHED,
+    ),
+    "llama-3-8b": Preset(
+        "llama",
+        32,
+        4096,
+        128256,
+        _table(
+            rome={"layers": (5,), "steps": 25, "weight_decay": 1e-3},
+            memit={"layers": tuple(range(4, 9)), "learning_rate": 0.1},
+            emmet=None,
+        ),
+        "published",
+        _PUBLISHED,
+    ),
+}
+
+
+def recipe(method: str, preset: str | None = None, **changes: Any) -> Recipe:
+    """A method's recipe.
+
+    Args:
+        method: a name in `RECIPES`.
+        preset: a name in `PRESETS`; its hyperparameters are used.
+        changes: fields of `Recipe` or of `TargetSettings` that differ, e.g.
+            `layers=range(3, 9)`, `clamp=1.0`. They make the recipe "unvalidated".
+
+    Raises:
+        RecipeError: unknown names, or layers missing.
+    """
+    if method not in RECIPES:
+        raise RecipeError(f"unknown recipe {method!r}; known: {', '.join(RECIPES)}")
+    settings: dict[str, Any] = dict(RECIPES[method])
+    origin: Origin = "unvalidated"
+    source = ""
+    if preset is not None:
+        chosen = PRESETS.get(preset)
+        if chosen is None:
+            raise RecipeError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+        key = "rome" if "rome" in method else method
+        if key not in chosen.settings:
+            raise RecipeError(
+                f"there are no hyperparameters of {method} for {preset}; name the "
+                f"layers and settings yourself"
+            )
+        changes = {**chosen.settings[key], **changes}
+        if set(changes) <= set(chosen.settings[key]):
+            same = all(changes[k] == v for k, v in chosen.settings[key].items())
+            origin = chosen.origin if same else "unvalidated"
+        source = chosen.source if origin != "unvalidated" else f"{preset}, changed"
+    if "layers" not in changes:
+        raise RecipeError(
+            f"{method}: which layers? Name layers=…, or one of the presets: "
+            f"{', '.join(PRESETS)}"
+        )
+    own = {field.name for field in fields(Recipe)} - {"name", "origin", "source"}
+    inner = {field.name for field in fields(TargetSettings)}
+    unknown = sorted(set(changes) - own - inner)
+    if unknown:
+        raise RecipeError(f"{method}: unknown settings {', '.join(unknown)}")
+    settings.update({k: v for k, v in changes.items() if k in own})
+    inside = {k: v for k, v in changes.items() if k in inner}
+    settings["targets"] = replace(settings["targets"], **inside)
+    return Recipe(name=method, origin=origin, source=source, **settings)
+
+
+def matching_preset(config: Any) -> str | None:
+    """The preset made for a model of this transformers config, or None."""
+    for name, preset in PRESETS.items():
+        if (
+            preset.model_type == config.model_type
+            and preset.layers == config.num_hidden_layers
+            and preset.d_value == config.hidden_size
+            and preset.vocabulary == config.vocab_size
+        ):
+            return name
+    return None
+
+
+def rome(preset: str | None = None, **changes: Any) -> Recipe:
+    """ROME as its paper has it: one averaged key everywhere (Meng et al. 2022, eq. 2).
+    Several edits are solved jointly; call `edit` once for each to apply them in turn.
+    """
+    return recipe("rome", preset, **changes)
+
+
+def r_rome(preset: str | None = None, **changes: Any) -> Recipe:
+    """r-ROME (Gupta et al. 2024), which restored ROME's equation: the same recipe."""
+    return recipe("r_rome", preset, **changes)
+
+
+def p_rome(preset: str | None = None, **changes: Any) -> Recipe:
+    """p-ROME (Gupta et al. 2024): the bare prompt's key everywhere."""
+    return recipe("p_rome", preset, **changes)
+
+
+def rome_original(preset: str | None = None, **changes: Any) -> Recipe:
+    """ROME as its code has it, with two keys; its denominator can vanish."""
+    return recipe("rome_original", preset, **changes)
+
+
+def memit(preset: str | None = None, **changes: Any) -> Recipe:
+    """MEMIT (Meng et al. 2023, eq. 14): least squares, spread over layers."""
+    return recipe("memit", preset, **changes)
+
+
+def emmet(preset: str | None = None, **changes: Any) -> Recipe:
+    """EMMET (Gupta et al. 2024, eq. 9): equality for a whole batch."""
+    return recipe("emmet", preset, **changes)
+
+
+def alphaedit(preset: str | None = None, **changes: Any) -> Recipe:
+    """AlphaEdit (Fang et al. 2025, eq. 14): least squares in C's null space."""
+    return recipe("alphaedit", preset, **changes)
