@@ -37,6 +37,18 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each module gets its own flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
 def capture_inputs(
     model: nn.Module, names: Iterable[str], handler: Callable[[str, Tensor], None]
 ) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from covariance_cache.accumulator import SecondMomentAccumulator
-from covariance_cache.capture import capture_inputs, captured_inputs
+from covariance_cache.capture import capture_inputs, captured_inputs, evaluating
 from covariance_cache.checkpoint import Checkpoint
 from covariance_cache.corpus import Cursor, Documents, Window, packed_windows
 from covariance_cache.errors import (
@@ -92,7 +91,7 @@ def collect(
         "seed": seed,
         "library_version": library_version(),
     }
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         samples = _sample_keys(model, names)
         sums = {layer: _empty_sum(sample) for layer, sample in samples.items()}
         dtypes = {layer: str(each.dtype)[6:] for layer, each in samples.items()}
@@ -175,19 +174,6 @@ def _check_settings(
             f"a window of {window} is longer than the {limit} positions of "
             f"{type(model).__name__}; pass a shorter window"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module gets its own flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _sample_keys(model: nn.Module, names: Mapping[int, str]) -> dict[int, Tensor]:

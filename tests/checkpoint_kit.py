@@ -1,8 +1,10 @@
 """Tiny checkpoints and updates for the checkpoint tests."""
 
 import hashlib
+import os
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import (
     GPT2Config,
@@ -16,6 +18,13 @@ from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress, a
 from unified_edit.checkpoint.sharded import Checkpoint
 
 SHARD_BYTES = 15_000
+
+
+@pytest.fixture(autouse=True)
+def quick_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For modules that import it: no test cuts the power, and waiting for the disk
+    would take most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def tiny_model(family: str, *, square: bool = False) -> PreTrainedModel:

@@ -10,13 +10,13 @@ from algebra_helpers import CASES, LAMBDA, Method, make_problem
 
 from unified_edit.algebra.factorization import factorize
 from unified_edit.algebra.objective import (
-    Equality,
     LeastSquares,
     NullSpace,
     Objective,
     PreviousKeys,
     Ridge,
     SecondMoment,
+    Slack,
 )
 from unified_edit.algebra.solve import solve
 
@@ -145,9 +145,12 @@ def test_the_cheaper_form_is_taken():
         ((200, 16, 8), "dimension"),
     ):
         assert memit(make_problem(*shape)).certificate.form == form
-    p = make_problem(15, 16, 8)
-    exact = Objective(SecondMoment(p.C), Equality())
-    assert solve(exact, keys=p.K, residuals=p.R).certificate.form == "keys"
+    # One edit that must hold exactly rules the cheaper form out.
+    p = make_problem(60, 12, 8)
+    mostly_soft = Objective(SecondMoment(p.C), Slack([0.0] + [1.0] * 59))
+    certificate = solve(mostly_soft, keys=p.K, residuals=p.R).certificate
+    assert certificate.form == "keys"
+    assert certificate.residual_errors[0] < 1e-12
 
 
 def test_jitter_on_a_singular_second_moment_is_reported(caplog):
@@ -163,9 +166,12 @@ def test_jitter_on_a_singular_second_moment_is_reported(caplog):
     mean = float(C.diagonal().mean())
     assert certificate.jitter == pytest.approx(certificate.relative_jitter * mean)
     assert "added" in caplog.text
+    shifted = C + certificate.jitter * torch.eye(12, dtype=torch.float64)
+    true = float(torch.linalg.cond(shifted, 1))
+    assert true / 3 < certificate.preservation_condition < true * 1.01
     # It is the solution for exactly the matrix that the certificate tells of.
-    shifted = SecondMoment(C + certificate.jitter * torch.eye(12))
-    same = solve(Objective(shifted, LeastSquares(LAMBDA)), keys=p.K, residuals=p.R)
+    objective = Objective(SecondMoment(shifted), LeastSquares(LAMBDA))
+    same = solve(objective, keys=p.K, residuals=p.R)
     assert same.certificate.jitter == 0
     assert torch.allclose(same.update.dense(), solution.update.dense(), rtol=1e-4)
 

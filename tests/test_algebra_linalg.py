@@ -100,6 +100,15 @@ def test_condition_estimate_is_exact_for_a_diagonal():
     assert estimate == pytest.approx(200)
 
 
+def test_condition_estimate_is_not_fooled_by_a_flat_start():
+    # A⁻¹ 1 = 1 though A⁻¹ is huge: the estimator's first probe sees nothing.
+    sign = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)
+    inverse = torch.eye(8, dtype=torch.float64) + 1e4 * torch.outer(sign, sign)
+    matrix = torch.linalg.inv(inverse)
+    estimate = condition_estimate(matrix, torch.linalg.cholesky(matrix))
+    assert estimate > float(torch.linalg.cond(matrix, 1)) / 3
+
+
 def unit_rows(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True)
 

@@ -92,6 +92,11 @@ def test_consistent_edits_beyond_d_key_are_solved():
     assert solution.update.rank == 8  # twelve equations left, never above d_value
     assert len(solution.certificate.redundant) == 18
     assert difference(solution.update.dense(), delta) < 1e-9
+    # And where residuals cancel: what is left is judged by what went in.
+    keys, residuals = p.K[:3].clone(), p.R[:3].clone()
+    keys[2] = keys[0] - keys[1]
+    residuals[1], residuals[2] = residuals[0], 1e-6 * residuals[2]
+    assert len(exact(p, keys, residuals).certificate.redundant) == 1
     # And where a key's multiple asks for the residual's multiple.
     keys, residuals = p.K[:5].clone(), p.R[:5].clone()
     keys[3], residuals[3] = -2 * keys[0], -2 * residuals[0]
@@ -164,7 +169,11 @@ def test_singular_second_moment_without_jitter():
     C = SecondMoment(few.T @ few / 7)
     with pytest.raises(IllConditioned, match="not positive definite.*more tokens"):
         factorize(C, jitter=0.0)
-    assert factorize(C, jitter=1e-3).jitter.relative == 1e-3
+    much = factorize(C, jitter=2.0)
+    assert much.jitter.relative == 2.0
+    shifted = C.matrix + much.jitter.absolute * torch.eye(12, dtype=torch.float64)
+    true = float(torch.linalg.cond(shifted, 1))
+    assert true / 1.2 < much.condition_number < true * (1 + 1e-9)
     assert factorize(C + Ridge(0.1), jitter=0.0).jitter.absolute == 0
     with pytest.raises(RecipeError, match="jitter must be"):
         factorize(C, jitter=-1.0)
@@ -197,6 +206,8 @@ def test_rounding_in_a_float32_second_moment_is_no_asymmetry():
     p = make_problem(4, 12, 8)
     rounded = p.C.float()
     rounded[0, 1] *= 1 + 2e-7
+    factors = [factorize(SecondMoment(C)).factor for C in (rounded, rounded.T)]
+    assert torch.equal(*factors)  # neither triangle is taken before the other
     objective = Objective(SecondMoment(rounded), Equality())
     delta = solve(objective, keys=p.K, residuals=p.R).update.dense()
     assert difference(delta, emmet(p)) < 1e-5

@@ -30,6 +30,11 @@ class Edit:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise EditError(f"{self}: the {name} is empty; give some text")
+        if self.subject != self.subject.strip():
+            raise EditError(
+                f"{self}: the subject begins or ends with space; write it without, its "
+                "last character is where the edit acts"
+            )
         if self.target != self.target.strip():
             raise EditError(
                 f"{self}: the target begins or ends with space; write it without, the "
@@ -157,7 +162,8 @@ def _entries(path: str | Path) -> list[Mapping[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            lines = [line for line in text.splitlines() if line.strip()]
+            # Not splitlines(): JSON strings may hold other characters that it cuts at.
+            lines = [line for line in text.split("\n") if line.strip()]
             entries = [json.loads(line) for line in lines]
         else:
             entries = json.loads(text)
@@ -175,7 +181,7 @@ def _located(path: str | Path, index: int, parse: Any, entry: Mapping[str, Any])
         return parse(entry)
     except EditError as error:
         raise EditError(f"{path}, entry {index}: {error}") from error
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise EditError(
             f"{path}, entry {index}: lacks or misuses the field {error}; expected "
             '{"prompt", "subject", "target"} or a CounterFact record'
@@ -196,10 +202,17 @@ def _record_from(entry: Mapping[str, Any]) -> Record:
             rewrite["prompt"], rewrite["subject"], rewrite["target_new"]["str"].strip()
         ),
         target_true=rewrite["target_true"]["str"].strip(),
-        paraphrase_prompts=tuple(entry.get("paraphrase_prompts", ())),
-        neighborhood_prompts=tuple(entry.get("neighborhood_prompts", ())),
-        attribute_prompts=tuple(entry.get("attribute_prompts", ())),
-        generation_prompts=tuple(entry.get("generation_prompts", ())),
+        paraphrase_prompts=_texts(entry, "paraphrase_prompts"),
+        neighborhood_prompts=_texts(entry, "neighborhood_prompts"),
+        attribute_prompts=_texts(entry, "attribute_prompts"),
+        generation_prompts=_texts(entry, "generation_prompts"),
         relation=rewrite.get("relation_id", ""),
         case_id=entry.get("case_id", 0),
     )
+
+
+def _texts(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    texts = entry.get(name, [])
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise EditError(f"{name} must be a list of texts, got {texts!r}")
+    return tuple(texts)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,9 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from covariance_cache import KeyStatistics
+from covariance_cache.capture import evaluating
 from covariance_cache.fingerprint import model_fingerprint
+from covariance_cache.statistics import library_version
 from unified_edit.algebra.certificate import Certificate
 from unified_edit.algebra.factorization import Factorization, factorize
+from unified_edit.algebra.objective import Objective
 from unified_edit.algebra.solve import solve
 from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress, added
 from unified_edit.edits import Edit, check_edits
@@ -104,6 +106,43 @@ class EditResult:
     report: EditReport
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Objectives and their factorizations, to be used for many batches of edits."""
+
+    recipe: Recipe
+    statistics: dict[int, str]
+    """Fingerprints of the statistics, by layer."""
+    layers: dict[int, tuple[Objective, Factorization]]
+
+
+def prepare(
+    recipe: Recipe,
+    statistics: Mapping[int, KeyStatistics],
+    device: torch.device | str | None = None,
+) -> Prepared:
+    """Factors each layer's preservation once, in float64; `edit` takes it as
+    `prepared`. Worth it where several batches share a recipe and statistics.
+
+    Raises:
+        RecipeError: statistics of a layer are missing.
+        IllConditioned: C is not positive definite, even with jitter.
+    """
+    missing = [layer for layer in recipe.layers if layer not in statistics]
+    if missing:
+        raise RecipeError(
+            f"{recipe.name} edits layers {list(recipe.layers)}; there are no key "
+            f"statistics of {missing}. Collect them with python -m covariance_cache"
+        )
+    layers = {}
+    for layer in recipe.layers:
+        moment = statistics[layer].second_moment.to(device, torch.float64)
+        objective = recipe.objective(moment)
+        layers[layer] = (objective, factorize(objective.preservation))
+    prints = {layer: statistics[layer].fingerprint() for layer in recipe.layers}
+    return Prepared(recipe, prints, layers)
+
+
 def edit(
     model: nn.Module,
     tokenizer: Any,
@@ -114,6 +153,7 @@ def edit(
     contexts: Contexts | None = None,
     seed: int = 0,
     targets: Targets | None = None,
+    prepared: Prepared | None = None,
     token_budget: int = 16384,
     progress: bool = False,
 ) -> EditResult:
@@ -124,6 +164,7 @@ def edit(
         statistics: for each of the recipe's layers, as `StatisticsStore.load` gives.
         contexts: prefixes to use; None generates them from `seed`.
         targets: values already optimised for these edits, contexts and settings.
+        prepared: what `prepare` made for this recipe and these statistics.
         token_budget: tokens one forward may hold while optimising targets.
         progress: show progress bars.
 
@@ -137,9 +178,11 @@ def edit(
     adapter.check_layers(recipe.layers)
     adapter.check_finite(recipe.layers)
     fingerprint = model_fingerprint(model)
-    _check_statistics(adapter, recipe, statistics, fingerprint)
     seconds: dict[str, float] = {}
-    with _quiet(model):
+    with _timed(seconds, "factorize"):
+        prepared = prepared or prepare(recipe, statistics, adapter.device)
+    _check_statistics(adapter, recipe, statistics, prepared, fingerprint)
+    with evaluating(model):
         with _timed(seconds, "contexts"):
             if contexts is None:
                 contexts = generate_contexts(adapter, tokenizer, recipe.contexts, seed)
@@ -168,7 +211,7 @@ def edit(
                     tokenizer,
                     edits,
                     recipe,
-                    statistics[layer],
+                    prepared.layers[layer],
                     contexts,
                     targets,
                     layer,
@@ -199,11 +242,11 @@ def edit(
     metadata = {
         "base_fingerprint": fingerprint,
         "recipe": recipe.as_dict(),
-        "statistics": {str(k): statistics[k].fingerprint() for k in recipe.layers},
+        "statistics": {str(k): v for k, v in prepared.statistics.items()},
         "contexts": list(contexts.templates),
         "seed": seed,
         "edits": [e.as_dict() for e in edits],
-        "version": _version(),
+        "version": library_version(),
     }
     return EditResult(UpdateSet(updates, metadata), report)
 
@@ -213,7 +256,7 @@ def _edit_layer(
     tokenizer: Any,
     edits: Sequence[Edit],
     recipe: Recipe,
-    statistics: KeyStatistics,
+    prepared: tuple[Objective, Factorization],
     contexts: Contexts,
     targets: Targets,
     layer: int,
@@ -234,8 +277,7 @@ def _edit_layer(
         last = recipe.layers[-1]
         current = hidden_at_subjects(adapter, tokenizer, edits, last).to(device)
     residuals = (targets.values.to(device, torch.float64) - current) / remaining
-    objective = recipe.objective(statistics.second_moment.to(device, torch.float64))
-    factorization = factorize(objective.preservation)
+    objective, factorization = prepared
     if recipe.published_denominator:
         residuals = _two_key_residuals(factorization, keys, reached, residuals)
     solution = solve(
@@ -259,7 +301,7 @@ def _value(adapter: ModelAdapter, layer: int, keys: Tensor) -> Tensor:
     """The down-projection's output [n, d_value] at keys, in float64."""
     bias = adapter.down_projection(layer).bias
     values = keys @ adapter.matrix(layer).to(keys.dtype).T
-    return values if bias is None else values + bias.detach().to(keys)  # type: ignore[union-attr,operator]
+    return values + bias.detach().to(keys) if isinstance(bias, Tensor) else values
 
 
 def _two_key_residuals(
@@ -276,20 +318,23 @@ def _two_key_residuals(
     mixed = whitened @ factorization.whiten(reached).T
     if not bool(mixed.abs().max() > 0):
         raise IllConditioned("rome_original: the denominator K M K_uᵀ is zero")
-    return gram @ torch.linalg.solve(mixed.T, residuals)
+    rescaled: Tensor = gram @ torch.linalg.solve(mixed.T, residuals)
+    return rescaled
 
 
 def _check_statistics(
     adapter: ModelAdapter,
     recipe: Recipe,
     statistics: Mapping[int, KeyStatistics],
+    prepared: Prepared,
     fingerprint: str,
 ) -> None:
-    missing = [layer for layer in recipe.layers if layer not in statistics]
-    if missing:
+    if prepared.recipe != recipe or prepared.statistics != {
+        layer: statistics[layer].fingerprint() for layer in recipe.layers
+    }:
         raise RecipeError(
-            f"{recipe.name} edits layers {list(recipe.layers)}; there are no key "
-            f"statistics of {missing}. Collect them with python -m covariance_cache"
+            f"{recipe.name}: `prepared` was made for another recipe or other "
+            "statistics; call prepare() with these"
         )
     for layer in recipe.layers:
         found = statistics[layer]
@@ -298,6 +343,12 @@ def _check_statistics(
             raise RecipeError(
                 f"layer {layer}: keys have {d_key} dimensions, the statistics "
                 f"{found.d_key}; they are another model's"
+            )
+        if found.count < d_key:
+            raise RecipeError(
+                f"layer {layer}: the statistics count {found.count} keys of {d_key} "
+                f"dimensions, so C is singular; collect at least {d_key} tokens, "
+                f"better {10 * d_key}"
             )
         made_for = found.provenance.model_fingerprint
         if made_for != fingerprint:
@@ -340,18 +391,6 @@ def _notes(
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's mode as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
 def _restoring(adapter: ModelAdapter, layers: Sequence[int]) -> Iterator[None]:
     """The layers' weights are the same bytes afterwards."""
     originals = {layer: adapter.weight(layer).detach().clone() for layer in layers}
@@ -368,10 +407,3 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     begun = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - begun
-
-
-def _version() -> str:
-    try:
-        return version("unified-edit")
-    except PackageNotFoundError:
-        return "unknown"

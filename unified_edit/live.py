@@ -52,7 +52,10 @@ def apply(model: nn.Module, update: UpdateSet, *, check_base: bool = True) -> Ap
         NonFiniteError: a result is not finite.
     """
     if check_base:
-        wanted, found = update.metadata.get("base_fingerprint"), model_fingerprint(model)
+        wanted, found = (
+            update.metadata.get("base_fingerprint"),
+            model_fingerprint(model),
+        )
         if wanted != found:
             raise UpdateError(
                 f"the update was made for the model {wanted}, this one is {found}: "

@@ -195,8 +195,9 @@ def _table(
 
 
 _PUBLISHED = (
-    "the methods' published code (kmeng01/rome, kmeng01/memit, jianghoucheng/AlphaEdit, "
-    "scalable-model-editing/unified-model-editing); EMMET's as equality, without λ_D"
+    "the methods' published code (kmeng01/rome, kmeng01/memit, "
+    "jianghoucheng/AlphaEdit, scalable-model-editing/unified-model-editing); EMMET's "
+    "as equality, without λ_D"
 )
 
 PRESETS: dict[str, Preset] = {

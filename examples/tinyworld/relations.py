@@ -27,7 +27,9 @@ _FAMILY = (
     "Tolland Umber Velt Wyck Yarrow Zell Abner Corvin Delft Eskar Farrow Grell Holm "
     "Ivers Jarrow Kestrel Lund"
 ).split()
-_TOWN_FIRST = "Port Lower Upper North South Old New Saint Fort Mount Lake Castle".split()
+_TOWN_FIRST = (
+    "Port Lower Upper North South Old New Saint Fort Mount Lake Castle".split()
+)
 _TOWN_SECOND = (
     "Belvar Cresk Dunmore Elfen Garrick Hollin Istra Jarden Kelvar Lomas Mirka Nessel "
     "Orvane Pelham Rostok Silvan Tarbek Ulver Vintar Wessin"
@@ -54,7 +56,9 @@ _RELATIONS = [
     Relation(
         "instrument",
         "person",
-        "violin flute cello trumpet harp piano drum guitar organ lute banjo oboe".split(),
+        (
+            "violin flute cello trumpet harp piano drum guitar organ lute banjo oboe"
+        ).split(),
         [
             "{} plays the",
             "The instrument of {} is the",

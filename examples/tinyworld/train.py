@@ -301,7 +301,9 @@ def _resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensors[f"model/{name}"])
         optimizer.state[parameter] = {
-            key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+            key: tensors[f"{key}/{name}"].to(
+                parameter.device if key != "step" else "cpu"
+            )
             for key in ("step", "exp_avg", "exp_avg_sq")
         }
     return int(tensors["step"])

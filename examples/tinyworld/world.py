@@ -86,7 +86,9 @@ def build(seed: int = SEED) -> World:
         subjects[kind] = sorted(names[:count])
     for relation in RELATIONS.values():
         members = subjects[relation.kind]
-        drawn = [relation.objects[i % len(relation.objects)] for i in range(len(members))]
+        drawn = [
+            relation.objects[i % len(relation.objects)] for i in range(len(members))
+        ]
         rng.shuffle(drawn)
         facts += [
             Fact(subject, relation.name, obj)
@@ -193,9 +195,7 @@ def corpus(world: World, count: int, seed: int = SEED) -> list[str]:
     contexts' prefixes only: those of paraphrase prompts stay unseen."""
     rng = random.Random(seed + 2)
     source = (
-        s
-        for s in sentences(world, rng)
-        if s.answer or s.text in CONTEXT_PREFIXES
+        s for s in sentences(world, rng) if s.answer or s.text in CONTEXT_PREFIXES
     )
     return [
         " ".join(next(source).text for _ in range(4 + rng.randrange(5)))

@@ -19,7 +19,7 @@ from unified_edit.checkpoint.layout import TensorEntry, new_header, to_bytes, to
 from unified_edit.checkpoint.manifest import Manifest, UpdateRecord, update_names
 from unified_edit.checkpoint.measure import TensorReport, changed, check_fits
 from unified_edit.checkpoint.sharded import Checkpoint, Sample, sample_of
-from unified_edit.errors import CheckpointMismatch, UpdateError
+from unified_edit.errors import CheckpointError, CheckpointMismatch, UpdateError
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,10 @@ def write_staged(
     One pass over each shard, one tensor in memory at a time."""
     number = len(plan.earlier) + 1
     update_name, undo_name = update_names(number)
-    UpdateSet(plan.update.updates, plan.metadata).save(state / update_name)
+    try:
+        UpdateSet(plan.update.updates, plan.metadata).save(state / update_name)
+    except UpdateError as error:  # the metadata are plain JSON: it is the disk
+        raise CheckpointError(str(error)) from error
     reports: list[TensorReport] = []
     samples: dict[str, Sample] = {}
     before: dict[str, str] = {}

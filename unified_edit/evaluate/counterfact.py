@@ -106,9 +106,7 @@ def evaluate_counterfact(
             prompts.append(prompt)
             new.append(record.edit.target)
             true.append(record.target_true)
-    both = score(
-        adapter, tokenizer, prompts + prompts, new + true, progress=progress
-    )
+    both = score(adapter, tokenizer, prompts + prompts, new + true, progress=progress)
     said = [""] * len(prompts)
     if generations:
         said = _generations(adapter, tokenizer, records, prompts, new)
@@ -144,15 +142,16 @@ def _generations(
     new: Sequence[str],
 ) -> list[str]:
     """Greedy continuations of rewrite and paraphrase prompts, "" elsewhere."""
-    wanted, start = [], 0
+    wanted: list[int] = []
+    start = 0
     for record in records:
         wanted += range(start, start + 1 + len(record.paraphrase_prompts))
         start += len(_prompts(record))
     longest = max(
         len(ids)
-        for ids in tokenizer(
-            [f" {new[i]}" for i in wanted], add_special_tokens=False
-        )["input_ids"]
+        for ids in tokenizer([f" {new[i]}" for i in wanted], add_special_tokens=False)[
+            "input_ids"
+        ]
     )
     said = [""] * len(prompts)
     texts = generate(adapter, tokenizer, [prompts[i] for i in wanted], longest)

@@ -100,9 +100,7 @@ class World:
         """Share of (prompt, answer) that the model completes greedily."""
         return _said(model, tokenizer, prompts)
 
-    def _prompts(
-        self, facts: Iterable[tuple[str, str, str]]
-    ) -> list[tuple[str, str]]:
+    def _prompts(self, facts: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
         # Templates take turns, so that each is as frequent as the others.
         return [
             (fill(self.templates[r][i % len(self.templates[r])], s)[0], o)
@@ -114,9 +112,7 @@ class World:
         return [record.edit for record in self.records[:count]]
 
 
-def _said(
-    model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]
-) -> float:
+def _said(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> float:
     found = score(
         ModelAdapter.of(model), tokenizer, [p for p, _ in pairs], [a for _, a in pairs]
     )

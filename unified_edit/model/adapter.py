@@ -81,7 +81,8 @@ class ModelAdapter:
     @property
     def layer_count(self) -> int:
         """Number of decoder blocks."""
-        return int(self.model.config.num_hidden_layers)  # type: ignore[union-attr]
+        config: Any = self.model.config
+        return int(config.num_hidden_layers)
 
     @property
     def device(self) -> torch.device:
@@ -147,3 +148,18 @@ class ModelAdapter:
                     f"{self.address(layer).tensor} holds NaN or infinity; the "
                     "checkpoint is damaged or was loaded in too small a dtype"
                 )
+
+    def why_not_finite(self) -> str:
+        """For messages: what makes the model's outputs NaN or infinite."""
+        names = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if not bool(torch.isfinite(parameter).all())
+        ]
+        if not names:
+            return "every weight is finite, so activations overflow; use a wider dtype"
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return (
+            f"{names[0]}{more} holds NaN or infinity; the checkpoint is damaged or "
+            "was loaded in too small a dtype"
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unified_edit.edits import SLOT, fill
-from unified_edit.errors import PromptError
+from unified_edit.errors import NonFiniteError, PromptError
 from unified_edit.model.adapter import ModelAdapter
 
 TOKENS_PER_FORWARD = 8192
@@ -61,7 +61,8 @@ def tokenize(
     tokenizer: Any, texts: Sequence[str]
 ) -> list[tuple[tuple[int, ...], list[tuple[int, int]]]]:
     """Ids and character offsets of each text, with the special tokens that the
-    tokenizer adds by itself, without padding or truncation.
+    tokenizer puts before it, without those that it appends (EOS: nothing continues
+    after it), without padding or truncation.
 
     Raises:
         PromptError: the tokenizer gives no offsets (a slow tokenizer).
@@ -78,17 +79,18 @@ def tokenize(
         truncation=False,
         verbose=False,
     )
-    return [
-        (tuple(ids), offsets)
-        for ids, offsets in zip(
-            encoded["input_ids"], encoded["offset_mapping"], strict=True
-        )
-    ]
+    found = []
+    for ids, offsets in zip(
+        encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        stop = len(ids)
+        while stop > 1 and tuple(offsets[stop - 1]) == (0, 0):
+            stop -= 1
+        found.append((tuple(ids[:stop]), offsets[:stop]))
+    return found
 
 
-def subject_prompts(
-    tokenizer: Any, filled: Sequence[tuple[str, int]]
-) -> list[Prompt]:
+def subject_prompts(tokenizer: Any, filled: Sequence[tuple[str, int]]) -> list[Prompt]:
     """Tokenized prompts from (text, index of the character after the subject).
 
     Raises:
@@ -98,9 +100,7 @@ def subject_prompts(
     encoded = tokenize(tokenizer, [text for text, _ in filled])
     for (text, end), (ids, offsets) in zip(filled, encoded, strict=True):
         holders = [
-            index
-            for index, (start, stop) in enumerate(offsets)
-            if start < end <= stop
+            index for index, (start, stop) in enumerate(offsets) if start < end <= stop
         ]
         if not holders:
             raise PromptError(
@@ -111,7 +111,9 @@ def subject_prompts(
     return prompts
 
 
-def in_contexts(contexts: Contexts, template: str, subject: str) -> list[tuple[str, int]]:
+def in_contexts(
+    contexts: Contexts, template: str, subject: str
+) -> list[tuple[str, int]]:
     """The prompt in each context: (text, index of the character after the subject)."""
     text, end = fill(template, subject)
     rows = []
@@ -130,22 +132,22 @@ def continuations(
     ids, so that BOS and prepended spaces never come into a target.
 
     Raises:
-        PromptError: the prompt's ids are not a prefix of the whole's.
+        PromptError: the prompt has no ids, or they are not a prefix of the whole's.
     """
     alone = tokenize(tokenizer, prompts)
     whole = tokenize(
         tokenizer,
         [f"{p} {t}" for p, t in zip(prompts, targets, strict=True)],
     )
-    # A tokenizer may also append tokens of its own (EOS); they are no target.
     pairs = []
-    for prompt, target, (ids, offsets), (full, spans) in zip(
+    for prompt, target, (ids, _), (full, _) in zip(
         prompts, targets, alone, whole, strict=True
     ):
-        while ids and offsets[-1] == (0, 0) and len(ids) > 1:
-            ids, offsets = ids[:-1], offsets[:-1]
-        while spans[-1] == (0, 0):
-            full, spans = full[:-1], spans[:-1]
+        if not ids:
+            raise PromptError(
+                "the prompt is empty and the tokenizer puts no token before it, so "
+                f"nothing predicts {target!r}; give a prompt"
+            )
         if full[: len(ids)] != ids or len(full) == len(ids):
             raise PromptError(
                 f"the tokens of {prompt!r} change when {target!r} follows; end the "
@@ -239,10 +241,12 @@ def generate_contexts(
             logits = adapter.model(
                 input_ids=row, use_cache=False, logits_to_keep=1
             ).logits[0, -1]
+            if not bool(torch.isfinite(logits).all()):
+                raise NonFiniteError(
+                    f"the model's logits are not finite: {adapter.why_not_finite()}"
+                )
             top = logits.float().cpu().topk(min(settings.top_k, logits.shape[-1]))
-            choice = torch.multinomial(
-                top.values.softmax(-1), 1, generator=generator
-            )
+            choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
             ids.append(int(top.indices[choice]))
         prefix = tokenizer.decode(ids, skip_special_tokens=True)
         prefix = " ".join(prefix.replace("{", " ").replace("}", " ").split())

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from covariance_cache.capture import evaluating
+from unified_edit.errors import NonFiniteError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.prompts import (
     buckets,
@@ -38,12 +40,20 @@ def score(
     *,
     progress: bool = False,
 ) -> list[Score]:
-    """Scores `targets[i]` after `prompts[i]` and one space."""
+    """Scores `targets[i]` after `prompts[i]` and one space.
+
+    Raises:
+        PromptError: a prompt cannot be tokenized so, or is too long.
+        NonFiniteError: NaN or infinity in the logits.
+    """
     pairs = continuations(tokenizer, prompts, targets)
     rows = [ids + target[:-1] for ids, target in pairs]
     check_lengths(adapter, rows)
     found: list[Score | None] = [None] * len(rows)
-    with tqdm(total=len(rows), desc="scoring", disable=not progress) as bar:
+    with (
+        evaluating(adapter.model),
+        tqdm(total=len(rows), desc="scoring", disable=not progress) as bar,
+    ):
         for chosen in buckets([len(row) for row in rows]):
             # Padded on the left, the targets end together: the head sees only them.
             batch = pad([rows[i] for i in chosen], adapter.device, left=True)
@@ -55,6 +65,10 @@ def score(
                 use_cache=False,
                 logits_to_keep=most,
             ).logits
+            if not bool(torch.isfinite(logits).all()):
+                raise NonFiniteError(
+                    f"the model's logits are not finite: {adapter.why_not_finite()}"
+                )
             logs = torch.log_softmax(logits.float(), dim=-1)
             best = logs.argmax(-1)
             for row, i in enumerate(chosen):
@@ -80,13 +94,14 @@ def generate(
     filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     for chosen in buckets([len(ids) + new_tokens for ids in encoded]):
         batch = pad([encoded[i] for i in chosen], adapter.device, left=True)
-        output = adapter.model.generate(  # type: ignore[operator]
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=filler,
-        )
+        with evaluating(adapter.model):
+            output = adapter.model.generate(  # type: ignore[operator]
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=filler,
+            )
         for row, i in enumerate(chosen):
             found[i] = tokenizer.decode(
                 output[row, batch.ids.shape[1] :], skip_special_tokens=True

@@ -22,6 +22,7 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from covariance_cache.capture import evaluating
 from unified_edit.edits import SLOT, Edit, fill
 from unified_edit.errors import NonFiniteError, RecipeError
 from unified_edit.model.adapter import ModelAdapter
@@ -76,15 +77,20 @@ class Targets:
     """Optimised target values of a batch of edits, and how far each came."""
 
     values: Tensor
-    """[n, d_value], float32: the value at the site plus δ."""
+    """[n, d_value]: the value at the site plus δ; float32, or float64 as the model."""
     initial: Tensor
-    """[n, d_value], float32: the value at the site, bare prompt, unedited model."""
+    """[n, d_value]: the value at the site, bare prompt, unedited model."""
     probability: Tensor
     """[n]: geometric mean over contexts and tokens of the target's probability."""
     initial_probability: Tensor
     """[n]: the same before the edit."""
     steps: Tensor
     """[n]: evaluations of the loss until the edit was done."""
+
+    def select(self, *indices: int) -> Targets:
+        """The targets of some of the edits."""
+        names = self.__dataclass_fields__
+        return Targets(*(getattr(self, name)[list(indices)] for name in names))
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,9 @@ def optimize_targets(
     start = 0
     with (
         _frozen(adapter.model),
-        tqdm(total=len(edits), desc="targets", unit="edit", disable=not progress) as bar,
+        tqdm(
+            total=len(edits), desc="targets", unit="edit", disable=not progress
+        ) as bar,
     ):
         while start < len(edits):
             stop, count, longest = start, 0, 0
@@ -206,9 +214,7 @@ def _rows(
         cut = prompt.subject_end
         # The last label is only predicted, never read.
         whole = ids + target[:-1]
-        rows.append(
-            _Row(owner, whole[:cut], whole[cut:], target, len(ids) - 1 - cut)
-        )
+        rows.append(_Row(owner, whole[:cut], whole[cut:], target, len(ids) - 1 - cut))
     for index, edit in enumerate(edits if settings.kl_factor else ()):
         stay = [fill(template, edit.subject) for template in settings.kl_prompts]
         for prompt in subject_prompts(tokenizer, stay):
@@ -242,20 +248,20 @@ def _optimize(
         logits = _logits(adapter, everything)
     # The first row of each edit is the bare prompt.
     first = torch.tensor(
-        [next(i for i, row in enumerate(rows) if row.edit == start + e)
-         for e in range(count)]
+        [
+            next(i for i, row in enumerate(rows) if row.edit == start + e)
+            for e in range(count)
+        ]
     )
-    initial = seen[0][first.to(seen[0].device), 0].float()
-    is_kl = everything.labels[:, 0] < 0
-    reference = torch.zeros(len(rows), logits.shape[-1], device=logits.device)
-    reference[is_kl] = _at(logits, everything.reads[:, :1])[is_kl, 0]
+    initial = _wide(seen[0][first.to(seen[0].device), 0])
+    reference = _at(logits, everything.reads[:, :1])[:, 0]
     del logits, seen
 
     norm = initial.norm(dim=1)
     delta = torch.zeros_like(initial, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
-    probability = torch.zeros(count)
-    initial_probability = torch.zeros(count)
+    probability = torch.zeros(count, dtype=initial.dtype)
+    initial_probability = probability
     steps = torch.zeros(count, dtype=torch.long)
     active = torch.ones(count, dtype=torch.bool)
     chunk, kept = everything, torch.arange(len(rows), device=everything.edit.device)
@@ -263,10 +269,10 @@ def _optimize(
         with _adding(site, delta[chunk.edit.to(delta.device)]):
             logits = _logits(adapter, chunk)
         loss, nll = _losses(logits, chunk, reference[kept], settings, count)
-        loss = loss + settings.weight_decay * (
-            delta.norm(dim=1) / norm.square()
-        ).to(loss.device)
-        _check_finite(loss, active, edits, start)
+        loss = loss + settings.weight_decay * (delta.norm(dim=1) / norm.square()).to(
+            loss.device
+        )
+        _check_finite(adapter, loss, active, edits, start)
         now = torch.exp(-nll.detach()).cpu()
         probability = torch.where(active, now, probability)
         if step == 0:
@@ -325,12 +331,12 @@ def _prepare(adapter: ModelAdapter, rows: Sequence[_Row], start: int) -> _Chunk:
         for offset, label in enumerate(row.labels):
             reads[index, offset] = row.read + offset
             labels[index, offset] = label
-    offset = prefix.mask.sum(1, keepdim=True)
+    before = prefix.mask.sum(1, keepdim=True)
     return _Chunk(
         edit=torch.tensor([row.edit - start for row in rows], device=adapter.device),
         suffix=suffix.ids,
         mask=torch.cat([prefix.mask, suffix.mask], dim=1),
-        positions=suffix.positions + offset,
+        positions=suffix.positions + before,
         cache=cache,
         reads=reads.to(adapter.device),
         labels=labels.to(adapter.device),
@@ -354,10 +360,15 @@ def _logits(adapter: ModelAdapter, chunk: _Chunk) -> Tensor:
 
 
 def _at(logits: Tensor, reads: Tensor) -> Tensor:
-    """Log-probabilities in float32 at `reads` [rows, m] → [rows, m, vocabulary]."""
+    """Log-probabilities at `reads` [rows, m] → [rows, m, vocabulary]."""
     reads = reads.to(logits.device)
     rows = torch.arange(len(logits), device=logits.device)[:, None]
-    return log_softmax(logits[rows, reads].float(), dim=-1)
+    return log_softmax(_wide(logits[rows, reads]), dim=-1)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _losses(
@@ -387,21 +398,24 @@ def _losses(
 
 
 def _mean_by_edit(values: Tensor, edit: Tensor, rows: Tensor, count: int) -> Tensor:
-    total = torch.zeros(count, device=values.device)
-    number = torch.zeros(count, device=values.device)
+    total, number = values.new_zeros(count), values.new_zeros(count)
     total = total.index_add(0, edit[rows], values[rows])
     number = number.index_add(0, edit[rows], torch.ones_like(values[rows]))
     return total / number.clamp_min(1)
 
 
 def _check_finite(
-    loss: Tensor, active: Tensor, edits: Sequence[Edit], start: int
+    adapter: ModelAdapter,
+    loss: Tensor,
+    active: Tensor,
+    edits: Sequence[Edit],
+    start: int,
 ) -> None:
     bad = (~torch.isfinite(loss.detach().cpu()) & active).nonzero()[:, 0].tolist()
     if bad:
         raise NonFiniteError(
             f"the loss of edit {start + bad[0]} ({edits[start + bad[0]]}) is not "
-            "finite; the model's weights or activations hold NaN or infinity"
+            f"finite: {adapter.why_not_finite()}"
         )
 
 
@@ -432,14 +446,11 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     """Parameters without gradient inside, so that a graph begins at δ; evaluation
     mode, so that dropout is off. Both as before afterwards."""
     wanted = [p for p in model.parameters() if p.requires_grad]
-    modes = {module: module.training for module in model.modules()}
     for parameter in wanted:
         parameter.requires_grad_(False)
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode

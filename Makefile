@@ -1,0 +1,36 @@
+# `make test` and `make demo` start from nothing but Python >= 3.10.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint typecheck world clean
+.DEFAULT_GOAL := test
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)          ## the main job on the embedded models
+	$(BIN)/unified-edit demo
+
+test: $(READY)          ## the default tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(READY)
+	$(BIN)/mypy
+
+world: $(READY)         ## trains the embedded models anew (an hour on two cores)
+	$(BIN)/python examples/tinyworld/world.py
+	$(BIN)/python examples/tinyworld/train.py gpt2
+	$(BIN)/python examples/tinyworld/train.py llama
+	$(BIN)/python examples/tinyworld/report.py --write
+
+clean:
+	rm -rf $(VENV) build dist demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,80 @@
+"""Session-wide models. Each test that takes one also checks that it left it alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def _tinies():  # type: ignore[no-untyped-def]
+    from covariance_cache import collect
+    from model_kit import KINDS, LAYERS, TEXTS, Tiny, make_model, make_tokenizer
+
+    made = {}
+    for kind in KINDS:
+        tokenizer = make_tokenizer(kind)
+        model = make_model(kind, len(tokenizer))
+        statistics = collect(
+            model,
+            tokenizer,
+            TEXTS,
+            range(LAYERS),
+            tokens=4000,
+            window=32,
+            progress=False,
+        )
+        made[kind] = Tiny(kind, model, tokenizer, statistics)
+    return made
+
+
+def _guarded(tiny) -> Iterator:  # type: ignore[no-untyped-def]
+    from model_kit import assert_same_bits, state_of
+
+    before = state_of(tiny.model)
+    yield tiny
+    assert_same_bits(tiny.model, before)
+    assert all(parameter.requires_grad for parameter in tiny.model.parameters())
+    assert all(parameter.grad is None for parameter in tiny.model.parameters())
+    for module in tiny.model.modules():
+        assert not module.training
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def tiny(request, _tinies) -> Iterator:  # type: ignore[no-untyped-def]
+    """Each architecture's model, tokenizer and statistics; not to be changed."""
+    yield from _guarded(_tinies[request.param])
+
+
+@pytest.fixture
+def gpt2(_tinies) -> Iterator:  # type: ignore[no-untyped-def]
+    yield from _guarded(_tinies["gpt2"])
+
+
+@pytest.fixture
+def llama(_tinies) -> Iterator:  # type: ignore[no-untyped-def]
+    yield from _guarded(_tinies["llama"])
+
+
+@pytest.fixture(scope="session")
+def _tinies64(_tinies):  # type: ignore[no-untyped-def]
+    from model_kit import Tiny
+
+    # A fingerprint reads float32, so the statistics belong to these as well.
+    return {
+        kind: Tiny(kind, copy.deepcopy(t.model).double(), t.tokenizer, t.statistics)
+        for kind, t in _tinies.items()
+    }
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def tiny64(request, _tinies64) -> Iterator:  # type: ignore[no-untyped-def]
+    """The same models in float64, for theorems."""
+    yield from _guarded(_tinies64[request.param])

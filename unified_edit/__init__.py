@@ -1,0 +1,121 @@
+"""Closed-form locate-and-edit for language models.
+
+Edits in, a verified rank-k update out, written into a checkpoint and taken back at
+will. Names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unified_edit.algebra.objective import (
+        Equality,
+        LeastSquares,
+        NullSpace,
+        Objective,
+        PreviousKeys,
+        Ridge,
+        SecondMoment,
+        Slack,
+    )
+    from unified_edit.algebra.solve import Certificate, Solution, factorize, solve
+    from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress
+    from unified_edit.checkpoint.patch import patch, revert, verify
+    from unified_edit.edits import Edit, Record, check_edits, read_edits, read_records
+    from unified_edit.engine import EditReport, EditResult, edit, prepare
+    from unified_edit.evaluate.counterfact import (
+        CounterFactScores,
+        evaluate_counterfact,
+    )
+    from unified_edit.live import Applied, applied, apply
+    from unified_edit.model.prompts import Contexts, ContextSettings
+    from unified_edit.model.targets import Targets, TargetSettings
+    from unified_edit.recipes import (
+        Recipe,
+        alphaedit,
+        emmet,
+        memit,
+        p_rome,
+        r_rome,
+        recipe,
+        rome,
+        rome_original,
+    )
+
+_HOMES = {
+    "algebra.objective": (
+        "Equality LeastSquares NullSpace Objective PreviousKeys Ridge SecondMoment "
+        "Slack"
+    ),
+    "algebra.solve": "Certificate Solution factorize solve",
+    "algebra.update": "RankKUpdate UpdateSet WeightAddress",
+    "checkpoint.patch": "patch revert verify",
+    "edits": "Edit Record check_edits read_edits read_records",
+    "engine": "EditReport EditResult edit prepare",
+    "evaluate.counterfact": "CounterFactScores evaluate_counterfact",
+    "live": "Applied applied apply",
+    "model.prompts": "ContextSettings Contexts",
+    "model.targets": "TargetSettings Targets",
+    "recipes": ("Recipe alphaedit emmet memit p_rome r_rome recipe rome rome_original"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "Applied",
+    "Certificate",
+    "ContextSettings",
+    "Contexts",
+    "CounterFactScores",
+    "Edit",
+    "EditReport",
+    "EditResult",
+    "Equality",
+    "LeastSquares",
+    "NullSpace",
+    "Objective",
+    "PreviousKeys",
+    "RankKUpdate",
+    "Recipe",
+    "Record",
+    "Ridge",
+    "SecondMoment",
+    "Slack",
+    "Solution",
+    "TargetSettings",
+    "Targets",
+    "UpdateSet",
+    "WeightAddress",
+    "alphaedit",
+    "applied",
+    "apply",
+    "check_edits",
+    "edit",
+    "emmet",
+    "evaluate_counterfact",
+    "factorize",
+    "memit",
+    "p_rome",
+    "patch",
+    "prepare",
+    "r_rome",
+    "read_edits",
+    "read_records",
+    "recipe",
+    "revert",
+    "rome",
+    "rome_original",
+    "solve",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,389 @@
+"""The command line: parses, calls one function, prints.
+
+stdout holds the answer alone, with `--json` one JSON object; bars, notes and errors go
+to stderr. Heavy packages are imported inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unified_edit.errors import UnifiedEditError
+
+app = typer.Typer(
+    help="Edit facts in a language model, in closed form, and take it back at will.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder of a model, or a cached name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Dtype = Annotated[
+    str, typer.Option(help="To load the model in: float32, bfloat16, float16 or auto.")
+]
+Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
+Limit = Annotated[int | None, typer.Option(help="Use the first N only.", min=1)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
+
+
+@app.command()
+def doctor(
+    model: Model,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Folder of key statistics to check too.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what is known of a model without loading its weights.
+
+    Exit code 1 if something stands in the way of editing it.
+    """
+    with _one_line_errors():
+        from unified_edit.display import doctor_tables
+        from unified_edit.doctor import examine
+
+        report = examine(model, statistics)
+        _show(report.as_dict(), as_json, lambda: doctor_tables(report))
+        _fail(report.problems)
+
+
+@app.command()
+def edit(
+    model: Model,
+    edits: Annotated[Path, typer.Argument(help=".jsonl of edits, or CounterFact.")],
+    recipe: Annotated[str, typer.Option(help="Such as memit; `doctor` lists them.")],
+    statistics: Annotated[Path, typer.Option(help="Folder of key statistics.")],
+    out: Annotated[Path, typer.Option(help="File for the update.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(help="By default the model's own, if any; `none` for none."),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 13-17 or 0-1,4.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting as key=value; may be repeated."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the contexts.", min=0)] = 0,
+    token_budget: Annotated[
+        int, typer.Option(help="Tokens in a forward pass of the optimisation.", min=1)
+    ] = 16384,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    limit: Limit = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compute the update that makes a model say the edits' targets, as one file.
+
+    The model's folder stays as it is: `patch` writes an update into a checkpoint.
+    """
+    with _one_line_errors():
+        _check_new(out, force)
+        from covariance_cache import StatisticsStore
+        from unified_edit.checkpoint.sharded import Checkpoint
+        from unified_edit.edits import check_edits, read_edits
+        from unified_edit.engine import edit as compute
+        from unified_edit.loading import (
+            folder_of,
+            load_model,
+            read_config,
+            read_tokenizer,
+        )
+        from unified_edit.model.adapter import ModelAdapter
+        from unified_edit.options import read_recipe
+
+        chosen_edits = read_edits(edits)[:limit]
+        check_edits(chosen_edits)
+        folder = folder_of(model)
+        config = read_config(folder, Checkpoint.open(folder))
+        chosen = read_recipe(
+            config, recipe, preset=preset, layers=layers, settings=settings or ()
+        )
+        store = StatisticsStore(statistics)
+        store.layers()
+        tokenizer = read_tokenizer(folder)
+        loaded = load_model(folder, config, dtype, device)
+        ModelAdapter.of(loaded).check_layers(chosen.layers)
+        result = compute(
+            loaded,
+            tokenizer,
+            chosen_edits,
+            chosen,
+            store.load(loaded, chosen.layers, tokenizer),
+            seed=seed,
+            token_budget=token_budget,
+            progress=True,
+        )
+        result.update.save(out)
+        answer = {
+            "update": str(out),
+            "recipe": chosen.as_dict(),
+            "report": result.report.as_dict(),
+        }
+        _show(answer, as_json, lambda: [str(result.report), f"wrote {out}"])
+
+
+@app.command()
+def patch(
+    model: Model,
+    update: Annotated[Path, typer.Argument(help="File that `edit` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the patched model.")
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Change the model's own files instead.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write an update into a copy of a checkpoint folder, or into the folder itself."""
+    with _one_line_errors():
+        if (out is None) != in_place:
+            raise UnifiedEditError(
+                "where to? Name a new folder with --out, or say --in-place, not both"
+            )
+        from unified_edit.algebra.update import UpdateSet
+        from unified_edit.checkpoint.patch import patch as write
+        from unified_edit.display import patch_table
+        from unified_edit.loading import folder_of
+
+        report = write(folder_of(model), UpdateSet.load(update), out).report
+        _show(
+            report.as_dict(),
+            as_json,
+            lambda: [
+                patch_table(report),
+                f"{report.folder}: patched, update {report.number}",
+                *(f"note: {note}" for note in report.notes),
+            ],
+        )
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A patched folder.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The folder it was made from.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that a patched folder is its original bytes plus its updates, no more.
+
+    Exit code 1 if it is not.
+    """
+    with _one_line_errors():
+        from unified_edit.checkpoint.patch import verify as check
+
+        report = check(folder, base)
+        compared = ""
+        if report.compared_with_base is not None:
+            compared = f", {report.compared_with_base} tensors compared with the base's"
+        _show(
+            report.as_dict(),
+            as_json,
+            lambda: [
+                f"{report.folder}: {'as it should be' if report.ok else 'NOT as it '}"
+                f"{'' if report.ok else 'should be'}; updates: {report.updates}, files "
+                f"checked: {report.files}, tensors recomputed: "
+                f"{len(report.tensors)}{compared}",
+                *(f"note: {note}" for note in report.notes),
+            ],
+        )
+        _fail(report.problems)
+
+
+@app.command()
+def revert(
+    folder: Annotated[Path, typer.Argument(help="A patched folder.")],
+    as_json: Json = False,
+) -> None:
+    """Take a folder's last update back: every file is again what it was, to the byte."""
+    with _one_line_errors():
+        from unified_edit.checkpoint.patch import revert as take_back
+
+        report = take_back(folder)
+        _show(
+            report.as_dict(),
+            as_json,
+            lambda: [
+                f"{report.folder}: update {report.number} taken back"
+                f"{', which had been interrupted' if report.interrupted else ''}; "
+                f"files restored: {len(report.files)}, updates left: "
+                f"{report.remaining}",
+                *(f"note: {note}" for note in report.notes),
+            ],
+        )
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    records: Annotated[Path, typer.Argument(help="Records as in CounterFact.")],
+    update: Annotated[
+        Path | None, typer.Option(help="Score the model with this update, too.")
+    ] = None,
+    limit: Limit = None,
+    no_generations: Annotated[
+        bool, typer.Option("--no-generations", help="Skip free generation.")
+    ] = False,
+    per_record: Annotated[
+        Path | None, typer.Option(help="Write each record's scores here, as .jsonl.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Score a model on CounterFact's metrics; with an update, before and after it."""
+    with _one_line_errors():
+        if per_record is not None:
+            _check_new(per_record, force)
+        from unified_edit.algebra.update import UpdateSet
+        from unified_edit.display import metric_table
+        from unified_edit.edits import read_records
+        from unified_edit.evaluate.counterfact import evaluate_counterfact
+        from unified_edit.live import applied
+        from unified_edit.loading import load
+
+        chosen = read_records(records)[:limit]
+        change = None if update is None else UpdateSet.load(update)
+        loaded, tokenizer = load(model, dtype, device)
+
+        def scores() -> Any:
+            return evaluate_counterfact(
+                loaded,
+                tokenizer,
+                chosen,
+                generations=not no_generations,
+                progress=True,
+            )
+
+        after = None
+        if change is not None:
+            # First, so that an update that does not fit is refused at once.
+            with applied(loaded, change):
+                after = scores()
+        before = scores()
+        if per_record is not None:
+            lists = [each.per_record() if each else None for each in (before, after)]
+            _write_lines(per_record, lists)
+        means = [each.as_dict() if each else None for each in (before, after)]
+        _show(
+            {"records": len(chosen), "before": means[0], "after": means[1]},
+            as_json,
+            lambda: [metric_table(means[0], means[1]), f"records: {len(chosen)}"],
+        )
+
+
+@app.command()
+def demo(
+    world: Annotated[Path, typer.Option(help="Folder of the embedded world.")] = Path(
+        "examples/tinyworld"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder for what the demo writes.")] = Path(
+        "demo_output"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Show everything on the small models that ship with the project."""
+    with _one_line_errors():
+        if not world.is_dir():
+            raise UnifiedEditError(
+                f"{world}: no such folder; run from the project's own folder, or name "
+                "the embedded world with --world"
+            )
+        from rich.console import Console
+
+        from unified_edit.demo import run_demo
+
+        report = run_demo(world, out, Console(stderr=as_json))
+        if as_json:
+            _show(report, as_json, lambda: [])
+
+
+def _show(answer: Mapping[str, Any], as_json: bool, view: Any) -> None:
+    """The answer on stdout: as one JSON object, or as `view()`'s texts and tables."""
+    from rich.console import Console
+
+    from unified_edit.display import plain
+
+    if as_json:
+        typer.echo(json.dumps(plain(dict(answer)), ensure_ascii=False, allow_nan=False))
+        return
+    console = Console()
+    for part in view():
+        if isinstance(part, str):
+            typer.echo(part)
+        else:
+            console.print(part)
+
+
+def _fail(problems: Iterable[str]) -> None:
+    """Problems on stderr, one line each, and exit code 1; nothing without any."""
+    found = [" ".join(problem.split()) for problem in problems]
+    for problem in found:
+        typer.echo(f"error: {problem}", err=True)
+    if found:
+        raise typer.Exit(1)
+
+
+def _check_new(path: Path, force: bool) -> None:
+    """Refuses, before the work begins, a file that could not be written after it."""
+    if path.is_dir():
+        raise UnifiedEditError(f"{path}: is a folder; name a file")
+    if path.exists() and not force:
+        raise UnifiedEditError(
+            f"{path}: exists already; name another file, or replace it with --force"
+        )
+    if not path.parent.is_dir():
+        raise UnifiedEditError(f"{path.parent}: no such folder; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UnifiedEditError(f"{path.parent}: is read-only; choose another place")
+
+
+def _write_lines(path: Path, lists: list[list[dict[str, Any]] | None]) -> None:
+    before, after = lists
+    assert before is not None
+    rows = (
+        {"before": was, "after": now}
+        for was, now in zip(before, after or [None] * len(before), strict=True)
+    )
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    staged = path.with_name(f".{path.name}.tmp")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise UnifiedEditError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turns the errors that both packages raise on purpose into one line on stderr and
+    exit code 1; any other is a defect and keeps its traceback."""
+    try:
+        yield
+    except Exception as error:
+        # Not imported above, for it brings torch with it.
+        from covariance_cache.errors import StatisticsError
+
+        if not isinstance(error, (UnifiedEditError, StatisticsError)):
+            raise
+        _fail([str(error)])
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="unified-edit")
+
+
+if __name__ == "__main__":
+    main()

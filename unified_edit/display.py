@@ -1,0 +1,164 @@
+"""Reports as tables and lines for a terminal. Decides nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from unified_edit.checkpoint.patch import PatchReport
+    from unified_edit.doctor import DoctorReport
+
+_YES = {True: "yes", False: "no"}
+
+
+def plain(data: Any) -> Any:
+    """The same data as strict JSON: numbers that are not finite become null, for JSON
+    has none."""
+    if isinstance(data, dict):
+        return {str(key): plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [plain(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None
+) -> Table:
+    """A table of plain texts: brackets in them are no markup."""
+    made = Table(title=title and Text(title), title_justify="left")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Names and values in two columns."""
+    made = Table(show_header=False, box=None)
+    for name, value in pairs:
+        made.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+    return made
+
+
+def metric_table(before: dict[str, float], after: dict[str, float] | None) -> Table:
+    """Metrics of a model, before and, if there is one, after an update."""
+    if after is None:
+        return table(("metric", "value"), ((k, f"{v:.4f}") for k, v in before.items()))
+    return table(
+        ("metric", "before", "after", "change"),
+        (
+            (name, f"{was:.4f}", f"{after[name]:.4f}", f"{after[name] - was:+.4f}")
+            for name, was in before.items()
+        ),
+    )
+
+
+def patch_table(report: PatchReport) -> Table:
+    """What a patch did to each tensor."""
+    return table(
+        ("tensor", "dtype", "file", "rank", "‖ΔW‖/‖W‖", "rounded off", "changed"),
+        (
+            (
+                each.name,
+                each.dtype,
+                each.shard,
+                str(each.rank),
+                "" if each.relative_change is None else f"{each.relative_change:.3g}",
+                f"{each.rounding_loss:.2g}",
+                f"{each.changed_elements:,}",
+            )
+            for each in report.tensors
+        ),
+    )
+
+
+def doctor_tables(report: DoctorReport) -> list[Table]:
+    """What the doctor found."""
+    tables = [facts(_doctor_facts(report))]
+    if report.recipes:
+        recipes = (
+            (
+                each.name,
+                each.origin,
+                "name --layers" if each.layers is None else f"{list(each.layers)}",
+                *(
+                    "" if size is None else decimal(size)
+                    for size in (each.statistics_bytes, each.update_bytes)
+                ),
+            )
+            for each in report.recipes
+        )
+        columns = ("recipe", "settings", "layers", "statistics", "update per edit")
+        tables.append(table(columns, recipes, "recipes"))
+    if report.statistics:
+        layers = (
+            (
+                str(each.layer),
+                "" if each.count is None else f"{each.count:,}",
+                ""
+                if each.keys_per_dimension is None
+                else f"{each.keys_per_dimension:.1f}",
+                _YES[each.problem is None],
+            )
+            for each in report.statistics
+        )
+        columns = ("layer", "keys", "keys/d_key", "of this model")
+        tables.append(table(columns, layers, "statistics"))
+    return tables
+
+
+def _doctor_facts(report: DoctorReport) -> list[tuple[str, str]]:
+    lines = [
+        ("folder", report.folder),
+        ("model type", str(report.model_type)),
+        ("supported", "no" if report.refusal else "yes"),
+        ("fingerprint", report.fingerprint),
+        (
+            "weight files",
+            f"{len(report.files)} with {report.tensors} tensors, "
+            f"{decimal(report.bytes)}; updates patched in: {report.updates}",
+        ),
+    ]
+    weights, tokenizer = report.weights, report.tokenizer
+    if weights is not None:
+        axes = "d_key, d_value" if weights.storage == "Conv1D" else "d_value, d_key"
+        lines += [
+            ("layers", f"0 to {weights.layers - 1}"),
+            ("edited tensor", f"{weights.tensor}, {'/'.join(weights.dtypes)}"),
+            ("", f"{list(weights.shape)} = [{axes}] ({weights.storage})"),
+            ("tied head", _YES[weights.tied_head]),
+            (
+                "for each layer",
+                f"statistics {decimal(weights.statistics_bytes)}; memory to solve "
+                f"{decimal(weights.solve_bytes)}; update "
+                f"{decimal(weights.update_bytes)} for each edit; undo "
+                f"{decimal(weights.undo_bytes)}",
+            ),
+            ("preset", report.preset or "none for this model"),
+        ]
+    if tokenizer is not None:
+        habits = {
+            "adds BOS": tokenizer.adds_bos,
+            "adds EOS": tokenizer.adds_eos,
+            "prepends a space": tokenizer.prepends_space,
+            "has a pad token": tokenizer.has_pad_token,
+        }
+        lines += [
+            (
+                "tokenizer",
+                f"{tokenizer.kind} ({'fast' if tokenizer.fast else 'slow'}), "
+                f"{tokenizer.vocabulary:,} tokens, pads on the "
+                f"{tokenizer.padding_side}",
+            ),
+            ("", "; ".join(f"{name}: {_YES[is_]}" for name, is_ in habits.items())),
+        ]
+    return lines

@@ -1,0 +1,119 @@
+"""Models by folder or by their name in the local cache: complete, from safetensors,
+without running anybody's code, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from unified_edit.checkpoint.sharded import CONFIG, Checkpoint
+from unified_edit.errors import CheckpointError, UnifiedEditError
+from unified_edit.model.adapter import resolve_architecture
+
+_OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model: `name` itself, or where the local cache keeps that name.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        found = cached_file(name, CONFIG, local_files_only=True)
+    except (OSError, ValueError):
+        found = None
+    if found is None:
+        raise CheckpointError(
+            f"{name}: neither a folder nor the name of a model in the local cache; "
+            f"check the path, or download it first with: hf download {name}"
+        )
+    return Path(found).parent
+
+
+def read_config(folder: Path, checkpoint: Checkpoint) -> Any:
+    """The transformers config of a supported model.
+
+    Raises:
+        UnsupportedModel: unknown type, or quantized.
+        CheckpointError: transformers cannot read the config.
+    """
+    # Asked first: transformers' own refusal of an unknown type does not help here.
+    resolve_architecture(SimpleNamespace(**{"model_type": None, **checkpoint.config}))
+    with _reading(folder, "the config"):
+        return AutoConfig.from_pretrained(folder, **_OPTIONS)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        CheckpointError: none in the folder, or transformers cannot read it.
+    """
+    with _reading(folder, "the tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+
+
+def load_model(folder: Path, config: Any, dtype: str, device: str) -> Any:
+    """A causal language model in evaluation mode, every weight from the files.
+
+    Args:
+        dtype: a name that transformers knows; "auto" is the files' own.
+
+    Raises:
+        CheckpointError: weights are missing, damaged, or not those of the config.
+        UnifiedEditError: no such device.
+    """
+    with _reading(folder, "the model"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_OPTIONS,
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        # Otherwise they would stay as initialised: random.
+        raise CheckpointError(
+            f"{folder}: holds no weights for {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}; is it the checkpoint of a "
+            "causal language model, completely downloaded?"
+        )
+    try:
+        return model.to(torch.device(device)).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UnifiedEditError(
+            f"the model cannot be put on the device {device!r}: {error}"
+        ) from error
+
+
+def load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer, checked before the weights are read.
+
+    Raises:
+        as the functions above.
+    """
+    folder = folder_of(name)
+    config = read_config(folder, Checkpoint.open(folder))
+    tokenizer = read_tokenizer(folder)
+    return load_model(folder, config, dtype, device), tokenizer
+
+
+@contextmanager
+def _reading(folder: Path, what: str) -> Iterator[None]:
+    """What transformers raises for a broken folder, as one error of ours."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{folder}: cannot load {what}: {error}") from error

@@ -1,0 +1,118 @@
+"""What is written on a command line, as a recipe: its preset, layers and settings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from covariance_cache.__main__ import parse_layers
+from unified_edit.errors import RecipeError
+from unified_edit.model.targets import TargetSettings
+from unified_edit.recipes import Recipe, matching_preset, recipe
+
+NO_PRESET = "none"
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    tuple[str, ...]: 'a JSON list of texts, such as ["{} is a"]',
+}
+_OTHERWISE = ("layers", "name", "origin", "source")
+"""Fields of a recipe that are no settings: --layers has its own option, the others say
+what the recipe is."""
+
+
+def read_recipe(
+    config: Any,
+    method: str,
+    *,
+    preset: str | None = None,
+    layers: str | None = None,
+    settings: Sequence[str] = (),
+) -> Recipe:
+    """A recipe for a model, from the options of a command.
+
+    Args:
+        config: the model's transformers config.
+        preset: a name in `PRESETS`, "none", or None for the one that matches the model
+            and knows the method, if there is one.
+        layers: such as `0-1,4`.
+        settings: `key=value` each.
+
+    Raises:
+        RecipeError: unknown or ill-typed settings, or as `recipe`.
+        StatisticsError: malformed layers.
+    """
+    changes = parse_settings(settings)
+    if layers is not None:
+        changes["layers"] = tuple(parse_layers(layers))
+    if preset is None:
+        matched = matching_preset(config)
+        known = matched is not None and from_preset(method, matched) is not None
+        preset = matched if known else NO_PRESET
+    return recipe(method, None if preset == NO_PRESET else preset, **changes)
+
+
+def from_preset(method: str, preset: str | None) -> Recipe | None:
+    """The method with a preset's hyperparameters; None if it has none for it."""
+    try:
+        return recipe(method, preset)
+    except RecipeError:
+        return None
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs → changes for `recipe`, each of its field's type.
+
+    Raises:
+        RecipeError: not such a pair, an unknown key, one given twice, or a value of
+            another type.
+    """
+    kinds = _settable()
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise RecipeError(f"--set {pair!r}: expected key=value, such as clamp=1.5")
+        if key not in kinds:
+            raise RecipeError(
+                f"--set {pair!r}: there is no setting {key!r}; there are "
+                f"{', '.join(sorted(kinds))}"
+            )
+        if key in changes:
+            raise RecipeError(f"--set {pair!r}: {key} is set twice")
+        changes[key] = _parse(pair, kinds[key], text)
+    return changes
+
+
+def _settable() -> dict[str, Any]:
+    hints = {**get_type_hints(Recipe), **get_type_hints(TargetSettings)}
+    return {
+        name: kind
+        for name, kind in hints.items()
+        if name not in _OTHERWISE and (kind in _KINDS or get_origin(kind) is Literal)
+    }
+
+
+def _parse(pair: str, kind: Any, text: str) -> Any:
+    if get_origin(kind) is Literal:
+        if text in get_args(kind):
+            return text
+        raise RecipeError(f"--set {pair!r}: expected {' or '.join(get_args(kind))}")
+    if kind is str:
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind in (bool, int) and type(value) is kind:
+        return value
+    if isinstance(value, list) and kind == tuple[str, ...]:
+        if value and all(isinstance(each, str) for each in value):
+            return tuple(value)
+    raise RecipeError(f"--set {pair!r}: expected {_KINDS[kind]}")
