@@ -9,13 +9,16 @@ from collections.abc import Iterator
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several threads on tensors this small only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
 def _tinies():  # type: ignore[no-untyped-def]
-    from covariance_cache import collect
     from model_kit import KINDS, LAYERS, TEXTS, Tiny, make_model, make_tokenizer
+
+    from covariance_cache import collect
 
     made = {}
     for kind in KINDS:

@@ -115,7 +115,9 @@ def make_tokenizer(
     )
 
 
-def make_model(kind: str, vocabulary: int = 360, *, seed: int = 3, **config: Any) -> Any:
+def make_model(
+    kind: str, vocabulary: int = 360, *, seed: int = 3, **config: Any
+) -> Any:
     """A random model with weights large enough that contexts and subjects matter;
     d_key is 64 (gpt2) or 40 (llama). Tied head and Conv1D; untied head, gated MLP
     and grouped queries."""
@@ -152,23 +154,38 @@ def make_model(kind: str, vocabulary: int = 360, *, seed: int = 3, **config: Any
                 "tie_word_embeddings": False,
             }
             model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attn" in name and parameter.ndim == 2:
+                parameter.mul_(3)  # what happens at the subject shall matter later
+            if name in ("transformer.ln_f.weight", "model.norm.weight"):
+                parameter.mul_(2)  # and predictions shall not all be near uniform
     return model.eval()
 
 
-def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """What a byte-level token stands for; nothing for a special one."""
-    if token in tokenizer.all_special_ids:
-        return b""
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones are themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in printable]
-    letters |= {chr(256 + index): byte for index, byte in enumerate(others)}
-    return bytes(letters[letter] for letter in tokenizer.convert_ids_to_tokens(token))
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_LETTERS = _byte_letters()
+
+
+def token_bytes(tokenizer: Any, ids: list[int]) -> list[bytes]:
+    """What byte-level tokens stand for; nothing for special ones."""
+    special = set(tokenizer.all_special_ids)
+    return [
+        b"" if token in special else bytes(_LETTERS[letter] for letter in piece)
+        for token, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+    ]
 
 
 def subject_index(tokenizer: Any, ids: list[int], text: str, end: int) -> int:
     """Index of the token with the last byte of `text[:end]`, by counting bytes."""
-    pieces = [token_bytes(tokenizer, token) for token in ids]
+    pieces = token_bytes(tokenizer, ids)
     shift = len(b"".join(pieces)) - len(text.encode())  # a prepended space
     wanted = shift + len(text[:end].encode())
     total = 0
@@ -287,3 +304,21 @@ def assert_same_bits(model: nn.Module, state: dict[str, Tensor]) -> None:
         assert now[name].dtype == tensor.dtype, name
         bits = [each.contiguous().view(torch.uint8) for each in (now[name], tensor)]
         assert torch.equal(*bits), f"{name} changed"
+
+
+def greedy_word(tiny: Tiny) -> tuple[str, str]:
+    """A prompt, and the word that the model says after it by itself."""
+    words = " ".join(TEXTS[::17]).split()
+    for start in range(0, len(words), 3):
+        for length in (1, 2, 4):
+            prompt = " ".join(words[start : start + length])
+            ids = tiny.tokenizer(prompt)["input_ids"]
+            with torch.no_grad():
+                logits = tiny.model(input_ids=torch.tensor([ids])).logits[0, -1]
+            token = int(logits.argmax())
+            word = tiny.tokenizer.decode([token])
+            if word != f" {word.strip()}" or not word.strip().isprintable():
+                continue
+            if target_ids(tiny.tokenizer, prompt, word[1:]) == [token]:
+                return prompt, word[1:]
+    raise AssertionError("no greedy continuation is a word of its own")

@@ -209,7 +209,13 @@ def test_records_may_lack_prompts(tmp_path: Path) -> None:
         ({"prompt": "Bo is", "subject": "Ada", "target": "x"}, "not in the prompt"),
         ({"requested_rewrite": "text"}, "lacks or misuses"),
         (
-            {**RECORD, "requested_rewrite": {**RECORD["requested_rewrite"], "target_new": {"str": 5}}},  # type: ignore[dict-item]  # noqa: E501
+            {
+                **RECORD,
+                "requested_rewrite": {
+                    **RECORD["requested_rewrite"],
+                    "target_new": {"str": 5},
+                },
+            },  # type: ignore[dict-item]  # noqa: E501
             "lacks or misuses",
         ),
         ({**RECORD, "paraphrase_prompts": "Ada is"}, "must be a list of texts"),
@@ -253,12 +259,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.data
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets in {DATA}")
 def test_every_genuine_counterfact_case_is_read() -> None:
-    edits = read_edits(DATA / "counterfact" / "flat.jsonl")
+    path = DATA / "counterfact" / "flat.jsonl"
+    edits = read_edits(path)
     assert len(edits) == 21_719
-    raw = [
-        json.loads(line)
-        for line in (DATA / "counterfact" / "flat.jsonl").open(encoding="utf-8")
-    ]
+    raw = map(json.loads, path.read_text(encoding="utf-8").strip().split("\n"))
     for edit, entry in zip(edits, raw, strict=True):
         assert edit.text == entry["prompt"]
         assert edit.target == entry["target_new"]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress
     from unified_edit.checkpoint.patch import patch, revert, verify
     from unified_edit.edits import Edit, Record, check_edits, read_edits, read_records
-    from unified_edit.engine import EditReport, EditResult, edit, prepare
+    from unified_edit.engine import EditResult, Prepared, edit, prepare
     from unified_edit.evaluate.counterfact import (
         CounterFactScores,
         evaluate_counterfact,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         rome,
         rome_original,
     )
+    from unified_edit.report import EditReport
 
 _HOMES = {
     "algebra.objective": (
@@ -53,12 +54,13 @@ _HOMES = {
     "algebra.update": "RankKUpdate UpdateSet WeightAddress",
     "checkpoint.patch": "patch revert verify",
     "edits": "Edit Record check_edits read_edits read_records",
-    "engine": "EditReport EditResult edit prepare",
+    "engine": "EditResult Prepared edit prepare",
     "evaluate.counterfact": "CounterFactScores evaluate_counterfact",
     "live": "Applied applied apply",
     "model.prompts": "ContextSettings Contexts",
     "model.targets": "TargetSettings Targets",
     "recipes": ("Recipe alphaedit emmet memit p_rome r_rome recipe rome rome_original"),
+    "report": "EditReport",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -75,6 +77,7 @@ __all__ = [
     "LeastSquares",
     "NullSpace",
     "Objective",
+    "Prepared",
     "PreviousKeys",
     "RankKUpdate",
     "Recipe",

@@ -6,15 +6,12 @@ to stderr. Heavy packages are imported inside the commands, so that `--help` is 
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from unified_edit.console import check_new, fail, one_line_errors, show, write_lines
 from unified_edit.errors import UnifiedEditError
 
 app = typer.Typer(
@@ -46,13 +43,13 @@ def doctor(
 
     Exit code 1 if something stands in the way of editing it.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from unified_edit.display import doctor_tables
         from unified_edit.doctor import examine
 
         report = examine(model, statistics)
-        _show(report.as_dict(), as_json, lambda: doctor_tables(report))
-        _fail(report.problems)
+        show(report.as_dict(), as_json, lambda: doctor_tables(report))
+        fail(report.problems)
 
 
 @app.command()
@@ -85,33 +82,28 @@ def edit(
 
     The model's folder stays as it is: `patch` writes an update into a checkpoint.
     """
-    with _one_line_errors():
-        _check_new(out, force)
+    with one_line_errors():
+        check_new(out, force)
         from covariance_cache import StatisticsStore
-        from unified_edit.checkpoint.sharded import Checkpoint
         from unified_edit.edits import check_edits, read_edits
         from unified_edit.engine import edit as compute
-        from unified_edit.loading import (
-            folder_of,
-            load_model,
-            read_config,
-            read_tokenizer,
-        )
+        from unified_edit.loading import Source
         from unified_edit.model.adapter import ModelAdapter
         from unified_edit.options import read_recipe
 
         chosen_edits = read_edits(edits)[:limit]
         check_edits(chosen_edits)
-        folder = folder_of(model)
-        config = read_config(folder, Checkpoint.open(folder))
+        source = Source.of(model)
         chosen = read_recipe(
-            config, recipe, preset=preset, layers=layers, settings=settings or ()
+            source.config, recipe, preset=preset, layers=layers, settings=settings or ()
         )
         store = StatisticsStore(statistics)
-        store.layers()
-        tokenizer = read_tokenizer(folder)
-        loaded = load_model(folder, config, dtype, device)
-        ModelAdapter.of(loaded).check_layers(chosen.layers)
+        store.layers()  # refuses a missing folder before the model is loaded
+        loaded, tokenizer = source.load(dtype, device)
+        # Before the statistics: theirs would be the error of a wrong layer or a NaN.
+        adapter = ModelAdapter.of(loaded)
+        adapter.check_layers(chosen.layers)
+        adapter.check_finite()
         result = compute(
             loaded,
             tokenizer,
@@ -128,7 +120,7 @@ def edit(
             "recipe": chosen.as_dict(),
             "report": result.report.as_dict(),
         }
-        _show(answer, as_json, lambda: [str(result.report), f"wrote {out}"])
+        show(answer, as_json, lambda: [str(result.report), f"wrote {out}"])
 
 
 @app.command()
@@ -144,7 +136,7 @@ def patch(
     as_json: Json = False,
 ) -> None:
     """Write an update into a copy of a checkpoint folder, or into the folder itself."""
-    with _one_line_errors():
+    with one_line_errors():
         if (out is None) != in_place:
             raise UnifiedEditError(
                 "where to? Name a new folder with --out, or say --in-place, not both"
@@ -155,7 +147,7 @@ def patch(
         from unified_edit.loading import folder_of
 
         report = write(folder_of(model), UpdateSet.load(update), out).report
-        _show(
+        show(
             report.as_dict(),
             as_json,
             lambda: [
@@ -178,25 +170,24 @@ def verify(
 
     Exit code 1 if it is not.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from unified_edit.checkpoint.patch import verify as check
 
         report = check(folder, base)
         compared = ""
         if report.compared_with_base is not None:
             compared = f", {report.compared_with_base} tensors compared with the base's"
-        _show(
+        show(
             report.as_dict(),
             as_json,
             lambda: [
-                f"{report.folder}: {'as it should be' if report.ok else 'NOT as it '}"
-                f"{'' if report.ok else 'should be'}; updates: {report.updates}, files "
-                f"checked: {report.files}, tensors recomputed: "
+                f"{report.folder}: {'intact' if report.ok else 'NOT intact'}; updates: "
+                f"{report.updates}, files checked: {report.files}, tensors recomputed: "
                 f"{len(report.tensors)}{compared}",
                 *(f"note: {note}" for note in report.notes),
             ],
         )
-        _fail(report.problems)
+        fail(report.problems)
 
 
 @app.command()
@@ -204,12 +195,12 @@ def revert(
     folder: Annotated[Path, typer.Argument(help="A patched folder.")],
     as_json: Json = False,
 ) -> None:
-    """Take a folder's last update back: every file is again what it was, to the byte."""
-    with _one_line_errors():
+    """Take a folder's last update back, so that every file is what it was before."""
+    with one_line_errors():
         from unified_edit.checkpoint.patch import revert as take_back
 
         report = take_back(folder)
-        _show(
+        show(
             report.as_dict(),
             as_json,
             lambda: [
@@ -242,21 +233,24 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model on CounterFact's metrics; with an update, before and after it."""
-    with _one_line_errors():
+    with one_line_errors():
         if per_record is not None:
-            _check_new(per_record, force)
+            check_new(per_record, force)
         from unified_edit.algebra.update import UpdateSet
         from unified_edit.display import metric_table
         from unified_edit.edits import read_records
-        from unified_edit.evaluate.counterfact import evaluate_counterfact
+        from unified_edit.evaluate.counterfact import (
+            CounterFactScores,
+            evaluate_counterfact,
+        )
         from unified_edit.live import applied
-        from unified_edit.loading import load
+        from unified_edit.loading import Source
 
         chosen = read_records(records)[:limit]
         change = None if update is None else UpdateSet.load(update)
-        loaded, tokenizer = load(model, dtype, device)
+        loaded, tokenizer = Source.of(model).load(dtype, device)
 
-        def scores() -> Any:
+        def scores() -> CounterFactScores:
             return evaluate_counterfact(
                 loaded,
                 tokenizer,
@@ -272,13 +266,17 @@ def evaluate(
                 after = scores()
         before = scores()
         if per_record is not None:
-            lists = [each.per_record() if each else None for each in (before, after)]
-            _write_lines(per_record, lists)
-        means = [each.as_dict() if each else None for each in (before, after)]
-        _show(
-            {"records": len(chosen), "before": means[0], "after": means[1]},
+            rows = zip(
+                before.per_record(),
+                after.per_record() if after else [None] * len(chosen),
+                strict=True,
+            )
+            write_lines(per_record, ({"before": b, "after": a} for b, a in rows))
+        means, changed = before.as_dict(), after.as_dict() if after else None
+        show(
+            {"records": len(chosen), "before": means, "after": changed},
             as_json,
-            lambda: [metric_table(means[0], means[1]), f"records: {len(chosen)}"],
+            lambda: [metric_table(means, changed), f"records: {len(chosen)}"],
         )
 
 
@@ -293,7 +291,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Show everything on the small models that ship with the project."""
-    with _one_line_errors():
+    with one_line_errors():
         if not world.is_dir():
             raise UnifiedEditError(
                 f"{world}: no such folder; run from the project's own folder, or name "
@@ -305,79 +303,7 @@ def demo(
 
         report = run_demo(world, out, Console(stderr=as_json))
         if as_json:
-            _show(report, as_json, lambda: [])
-
-
-def _show(answer: Mapping[str, Any], as_json: bool, view: Any) -> None:
-    """The answer on stdout: as one JSON object, or as `view()`'s texts and tables."""
-    from rich.console import Console
-
-    from unified_edit.display import plain
-
-    if as_json:
-        typer.echo(json.dumps(plain(dict(answer)), ensure_ascii=False, allow_nan=False))
-        return
-    console = Console()
-    for part in view():
-        if isinstance(part, str):
-            typer.echo(part)
-        else:
-            console.print(part)
-
-
-def _fail(problems: Iterable[str]) -> None:
-    """Problems on stderr, one line each, and exit code 1; nothing without any."""
-    found = [" ".join(problem.split()) for problem in problems]
-    for problem in found:
-        typer.echo(f"error: {problem}", err=True)
-    if found:
-        raise typer.Exit(1)
-
-
-def _check_new(path: Path, force: bool) -> None:
-    """Refuses, before the work begins, a file that could not be written after it."""
-    if path.is_dir():
-        raise UnifiedEditError(f"{path}: is a folder; name a file")
-    if path.exists() and not force:
-        raise UnifiedEditError(
-            f"{path}: exists already; name another file, or replace it with --force"
-        )
-    if not path.parent.is_dir():
-        raise UnifiedEditError(f"{path.parent}: no such folder; make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UnifiedEditError(f"{path.parent}: is read-only; choose another place")
-
-
-def _write_lines(path: Path, lists: list[list[dict[str, Any]] | None]) -> None:
-    before, after = lists
-    assert before is not None
-    rows = (
-        {"before": was, "after": now}
-        for was, now in zip(before, after or [None] * len(before), strict=True)
-    )
-    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-    staged = path.with_name(f".{path.name}.tmp")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise UnifiedEditError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turns the errors that both packages raise on purpose into one line on stderr and
-    exit code 1; any other is a defect and keeps its traceback."""
-    try:
-        yield
-    except Exception as error:
-        # Not imported above, for it brings torch with it.
-        from covariance_cache.errors import StatisticsError
-
-        if not isinstance(error, (UnifiedEditError, StatisticsError)):
-            raise
-        _fail([str(error)])
+            show(report, as_json, list)
 
 
 def main() -> None:

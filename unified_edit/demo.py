@@ -24,7 +24,8 @@ from unified_edit.evaluate.trial import Trial, Trials
 from unified_edit.evaluate.world import World
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.scoring import generate
-from unified_edit.recipes import PRESETS, RECIPES, matching_preset, recipe
+from unified_edit.presets import PRESETS
+from unified_edit.recipes import RECIPES, matching_preset, recipe
 
 METHODS = tuple(name for name in RECIPES if name != "r_rome")
 """r-ROME is ROME's recipe under another name."""
@@ -79,7 +80,8 @@ def run_demo(world_folder: Path, out: Path, console: Console) -> dict[str, Any]:
 
 def load(folder: Path) -> tuple[nn.Module, Any]:
     """A model in evaluation mode, and its tokenizer."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
+    model.eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 

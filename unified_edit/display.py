@@ -65,12 +65,11 @@ def metric_table(before: dict[str, float], after: dict[str, float] | None) -> Ta
 def patch_table(report: PatchReport) -> Table:
     """What a patch did to each tensor."""
     return table(
-        ("tensor", "dtype", "file", "rank", "‖ΔW‖/‖W‖", "rounded off", "changed"),
+        ("tensor", "dtype", "rank", "‖ΔW‖/‖W‖", "rounded off", "changed"),
         (
             (
                 each.name,
                 each.dtype,
-                each.shard,
                 str(each.rank),
                 "" if each.relative_change is None else f"{each.relative_change:.3g}",
                 f"{each.rounding_loss:.2g}",
@@ -97,8 +96,8 @@ def doctor_tables(report: DoctorReport) -> list[Table]:
             )
             for each in report.recipes
         )
-        columns = ("recipe", "settings", "layers", "statistics", "update per edit")
-        tables.append(table(columns, recipes, "recipes"))
+        titles = ("recipe", "settings", "layers", "statistics", "update per edit")
+        tables.append(table(titles, recipes, "recipes"))
     if report.statistics:
         layers = (
             (
@@ -111,8 +110,8 @@ def doctor_tables(report: DoctorReport) -> list[Table]:
             )
             for each in report.statistics
         )
-        columns = ("layer", "keys", "keys/d_key", "of this model")
-        tables.append(table(columns, layers, "statistics"))
+        names = ("layer", "keys", "keys/d_key", "of this model")
+        tables.append(table(names, layers, "statistics"))
     return tables
 
 

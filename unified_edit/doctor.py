@@ -208,10 +208,9 @@ def examine(name: str, statistics: Path | None = None) -> DoctorReport:
 
 def _outline(config: Any) -> ModelAdapter:
     """The model without its weights: modules, shapes and ties only."""
+    factory: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        return ModelAdapter.of(
-            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        )
+        return ModelAdapter.of(factory.from_config(config, trust_remote_code=False))
 
 
 def _edited_weights(adapter: ModelAdapter, checkpoint: Checkpoint) -> EditedWeights:
@@ -313,10 +312,8 @@ def _examine_layer(
         for what, (theirs, ours) in facts.items()
         if theirs != ours
     ]
-    problem = None
-    if differing:
-        problem = (
-            f"{path}: was collected on another model or tokenizer "
-            f"({'; '.join(differing)}); collect statistics of this one"
-        )
-    return LayerStatistics(layer, count, count / d_key, problem)
+    problem = (
+        f"{path}: was collected on another model or tokenizer "
+        f"({'; '.join(differing)}); collect statistics of this one"
+    )
+    return LayerStatistics(layer, count, count / d_key, problem if differing else None)

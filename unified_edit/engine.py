@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,71 +31,10 @@ from unified_edit.errors import IllConditioned, RecipeError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.keys import hidden_at_subjects, keys_at_subjects
 from unified_edit.model.prompts import Contexts, generate_contexts
-from unified_edit.model.scoring import Score, score
+from unified_edit.model.scoring import score
 from unified_edit.model.targets import Targets, optimize_targets
 from unified_edit.recipes import Recipe
-
-
-@dataclass(frozen=True)
-class EditOutcome:
-    """What became of one edit, on its bare prompt, teacher-forced."""
-
-    edit: Edit
-    before: float
-    """Geometric mean probability of the target's tokens before the edit."""
-    optimised: float
-    """The same over all contexts with the target value in place: what was aimed at."""
-    after: float
-    """The same as `before`, with the update applied."""
-    says_target: bool
-    """After the edit every token of the target is the most probable one."""
-    said_target: bool
-    """So it was before the edit."""
-
-
-@dataclass(frozen=True)
-class EditReport:
-    """What `edit` did and what it proves."""
-
-    recipe: str
-    origin: str
-    """Whether the recipe's hyperparameters are published, tuned here or unvalidated."""
-    outcomes: tuple[EditOutcome, ...]
-    certificates: dict[int, Certificate]
-    """For each edited layer, what its solution proves about itself."""
-    notes: tuple[str, ...]
-    """What a user should look at."""
-    seconds: dict[str, float]
-    """Wall time of each stage."""
-
-    @property
-    def success(self) -> float:
-        """Share of edits whose target the edited model says."""
-        return sum(o.says_target for o in self.outcomes) / len(self.outcomes)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return {
-            **asdict(self),
-            "certificates": {k: c.as_dict() for k, c in self.certificates.items()},
-            "success": self.success,
-        }
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.recipe} ({self.origin}): {len(self.outcomes)} edits in "
-            f"{sum(self.seconds.values()):.1f} s; the model now says "
-            f"{sum(o.says_target for o in self.outcomes)} of their targets"
-        ]
-        for layer, found in self.certificates.items():
-            damage = found.preservation_damage
-            lines.append(
-                f"  layer {layer}: ‖ΔW‖/‖W‖ {found.relative_norm:.3g}, damage to "
-                f"preserved keys {'unknown' if damage is None else f'{damage:.2g}'}, "
-                f"residual error {found.relative_residual_error:.2g}, condition "
-                f"{found.condition_number:.2g}, jitter {found.relative_jitter:.1g}"
-            )
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+from unified_edit.report import EditOutcome, EditReport, notes_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +115,7 @@ def edit(
     check_edits(edits)
     adapter = ModelAdapter.of(model)
     adapter.check_layers(recipe.layers)
-    adapter.check_finite(recipe.layers)
+    adapter.check_finite()
     fingerprint = model_fingerprint(model)
     seconds: dict[str, float] = {}
     with _timed(seconds, "factorize"):
@@ -200,6 +139,11 @@ def edit(
                     token_budget=token_budget,
                     progress=progress,
                 )
+        if len(targets.values) != len(edits):
+            raise RecipeError(
+                f"there are {len(edits)} edits and {len(targets.values)} target "
+                "values; give those optimised for these edits"
+            )
         updates: dict[WeightAddress, RankKUpdate] = {}
         certificates: dict[int, Certificate] = {}
         with _restoring(adapter, recipe.layers), _timed(seconds, "solve"):
@@ -236,7 +180,7 @@ def edit(
         origin=recipe.origin,
         outcomes=outcomes,
         certificates=certificates,
-        notes=_notes(recipe, before, outcomes, certificates),
+        notes=notes_on(recipe, outcomes, certificates),
         seconds=seconds,
     )
     metadata = {
@@ -316,9 +260,13 @@ def _two_key_residuals(
     whitened = factorization.whiten(keys)
     gram = whitened @ whitened.T
     mixed = whitened @ factorization.whiten(reached).T
-    if not bool(mixed.abs().max() > 0):
-        raise IllConditioned("rome_original: the denominator K M K_uᵀ is zero")
-    rescaled: Tensor = gram @ torch.linalg.solve(mixed.T, residuals)
+    solved, singular = torch.linalg.solve_ex(mixed.T, residuals)
+    if bool(singular):
+        raise IllConditioned(
+            "rome_original: the denominator K M K_uᵀ is zero or singular, as the "
+            "published code's can be; use rome, which has one key"
+        )
+    rescaled: Tensor = gram @ solved
     return rescaled
 
 
@@ -330,7 +278,9 @@ def _check_statistics(
     fingerprint: str,
 ) -> None:
     if prepared.recipe != recipe or prepared.statistics != {
-        layer: statistics[layer].fingerprint() for layer in recipe.layers
+        layer: statistics[layer].fingerprint()
+        for layer in recipe.layers
+        if layer in statistics
     }:
         raise RecipeError(
             f"{recipe.name}: `prepared` was made for another recipe or other "
@@ -338,6 +288,10 @@ def _check_statistics(
         )
     for layer in recipe.layers:
         found = statistics[layer]
+        if found.layer != layer:
+            raise RecipeError(
+                f"layer {layer}: the statistics given for it are layer {found.layer}'s"
+            )
         d_key = adapter.matrix(layer).shape[1]
         if found.d_key != d_key:
             raise RecipeError(
@@ -356,38 +310,6 @@ def _check_statistics(
                 f"layer {layer}: the statistics were collected on the model "
                 f"{made_for}, this one is {fingerprint}; collect them on this one"
             )
-
-
-def _notes(
-    recipe: Recipe,
-    before: Sequence[Score],
-    outcomes: Sequence[EditOutcome],
-    certificates: Mapping[int, Certificate],
-) -> tuple[str, ...]:
-    notes = []
-    for index, (was, outcome) in enumerate(zip(before, outcomes, strict=True)):
-        name = f"edit {index} ({outcome.edit.text!r} → {outcome.edit.target!r})"
-        if was.argmax:
-            notes.append(f"{name}: the model said so before the edit")
-        if not outcome.says_target:
-            reached = "was" if outcome.optimised > 0.5 else "was not"
-            notes.append(
-                f"{name}: the edited model does not say it (p {outcome.after:.2g}); "
-                f"its target value {reached} found (p {outcome.optimised:.2g})"
-            )
-    for layer, certificate in certificates.items():
-        if certificate.jitter:
-            notes.append(
-                f"layer {layer}: C needed jitter of {certificate.relative_jitter:.1g} "
-                "of its mean diagonal; collect more tokens"
-            )
-        if certificate.redundant:
-            notes.append(
-                f"layer {layer}: edits {list(certificate.redundant)} follow from others"
-            )
-    if recipe.origin == "unvalidated":
-        notes.append("these hyperparameters are not validated for this model")
-    return tuple(notes)
 
 
 @contextmanager

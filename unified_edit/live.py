@@ -62,6 +62,8 @@ def apply(model: nn.Module, update: UpdateSet, *, check_base: bool = True) -> Ap
                 "other weights, or loaded in another dtype. Load the model it was made "
                 "for, or pass check_base=False"
             )
+    if not len(update):
+        raise UpdateError("the update changes no tensor, so there is nothing to apply")
     originals: dict[str, Tensor] = {}
     edited: dict[str, Tensor] = {}
     changes: dict[str, float] = {}

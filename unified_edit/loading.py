@@ -1,21 +1,24 @@
 """Models by folder or by their name in the local cache: complete, from safetensors,
-without running anybody's code, or not at all."""
+without running anybody's code, or not at all.
+
+transformers is imported inside the functions: a command that only patches files in a
+local folder does without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.hub import cached_file
 
+from covariance_cache.__main__ import Dtype
 from unified_edit.checkpoint.sharded import CONFIG, Checkpoint
 from unified_edit.errors import CheckpointError, UnifiedEditError
-from unified_edit.model.adapter import resolve_architecture
 
 _OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -28,6 +31,8 @@ def folder_of(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    from transformers.utils.hub import cached_file
+
     try:
         found = cached_file(name, CONFIG, local_files_only=True)
     except (OSError, ValueError):
@@ -47,6 +52,10 @@ def read_config(folder: Path, checkpoint: Checkpoint) -> Any:
         UnsupportedModel: unknown type, or quantized.
         CheckpointError: transformers cannot read the config.
     """
+    from transformers import AutoConfig
+
+    from unified_edit.model.adapter import resolve_architecture
+
     # Asked first: transformers' own refusal of an unknown type does not help here.
     resolve_architecture(SimpleNamespace(**{"model_type": None, **checkpoint.config}))
     with _reading(folder, "the config"):
@@ -59,6 +68,8 @@ def read_tokenizer(folder: Path) -> Any:
     Raises:
         CheckpointError: none in the folder, or transformers cannot read it.
     """
+    from transformers import AutoTokenizer
+
     with _reading(folder, "the tokenizer"):
         return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
 
@@ -71,10 +82,15 @@ def load_model(folder: Path, config: Any, dtype: str, device: str) -> Any:
 
     Raises:
         CheckpointError: weights are missing, damaged, or not those of the config.
-        UnifiedEditError: no such device.
+        UnifiedEditError: no such dtype or device.
     """
+    if dtype not in list(Dtype):
+        known = ", ".join(each.value for each in Dtype)
+        raise UnifiedEditError(f"dtype {dtype!r}: expected one of {known}")
+    from transformers import AutoModelForCausalLM
+
     with _reading(folder, "the model"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -82,6 +98,7 @@ def load_model(folder: Path, config: Any, dtype: str, device: str) -> Any:
             output_loading_info=True,
             **_OPTIONS,
         )
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
         # Otherwise they would stay as initialised: random.
@@ -98,22 +115,36 @@ def load_model(folder: Path, config: Any, dtype: str, device: str) -> Any:
         ) from error
 
 
-def load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer, checked before the weights are read.
+@dataclass(frozen=True)
+class Source:
+    """A model that was found and is supported, its weights not yet loaded."""
 
-    Raises:
-        as the functions above.
-    """
-    folder = folder_of(name)
-    config = read_config(folder, Checkpoint.open(folder))
-    tokenizer = read_tokenizer(folder)
-    return load_model(folder, config, dtype, device), tokenizer
+    folder: Path
+    config: Any
+    """Its transformers config."""
+
+    @classmethod
+    def of(cls, name: str) -> Source:
+        """By folder or cached name.
+
+        Raises:
+            CheckpointError, UnsupportedModel: as the functions above, or malformed
+                files.
+        """
+        folder = folder_of(name)
+        return cls(folder, read_config(folder, Checkpoint.open(folder)))
+
+    def load(self, dtype: str, device: str) -> tuple[Any, Any]:
+        """Model and tokenizer, as `load_model` and `read_tokenizer`."""
+        tokenizer = read_tokenizer(self.folder)
+        return load_model(self.folder, self.config, dtype, device), tokenizer
 
 
 @contextmanager
 def _reading(folder: Path, what: str) -> Iterator[None]:
-    """What transformers raises for a broken folder, as one error of ours."""
+    """What transformers raises for a broken folder, as one error of ours. It may be
+    anything, also of the packages below it: only their calls belong in here."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:
         raise CheckpointError(f"{folder}: cannot load {what}: {error}") from error

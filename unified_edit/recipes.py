@@ -1,7 +1,8 @@
 """Recipes: every method as data. A recipe says which layers are edited, how targets
 and keys are made, and which objective is solved; `engine.edit` is the same for all.
 
-`RECIPES` holds what makes a method itself, `SETTINGS` its hyperparameters for a model.
+`RECIPES` holds what makes a method itself, `presets.PRESETS` its hyperparameters for
+a model.
 docs/how-to-add-a-recipe.md shows how to add one.
 """
 
@@ -26,8 +27,7 @@ from unified_edit.errors import RecipeError
 from unified_edit.model.keys import KeyAverage
 from unified_edit.model.prompts import ContextSettings
 from unified_edit.model.targets import TargetSettings
-
-Origin = Literal["published", "tuned here", "unvalidated"]
+from unified_edit.presets import MEMIT_CONTEXTS, PRESETS, ROME_CONTEXTS, Origin
 
 
 @dataclass(frozen=True)
@@ -108,49 +108,45 @@ class Recipe:
         return asdict(self)
 
 
-_ROME_CONTEXTS = ContextSettings((("", 5),) * 10 + (("", 10),) * 10)
-_MEMIT_CONTEXTS = ContextSettings(
-    tuple((word, 10) for word in ("The", "Therefore", "Because", "I", "You"))
-)
 _MLP = TargetSettings("mlp_output", steps=20, clamp=4.0)
 _BLOCK = TargetSettings("block_output")
 
 RECIPES: dict[str, dict[str, Any]] = {
     "rome": {
         "targets": _MLP,
-        "contexts": _ROME_CONTEXTS,
+        "contexts": ROME_CONTEXTS,
         "key_average": "flat",
         "memorization": "equality",
     },
     "p_rome": {
         "targets": _MLP,
-        "contexts": _ROME_CONTEXTS,
+        "contexts": ROME_CONTEXTS,
         "key_average": "clean",
         "memorization": "equality",
     },
     "rome_original": {
         "targets": _MLP,
-        "contexts": _ROME_CONTEXTS,
+        "contexts": ROME_CONTEXTS,
         "key_average": "flat",
         "memorization": "equality",
         "published_denominator": True,
     },
     "memit": {
         "targets": _BLOCK,
-        "contexts": _MEMIT_CONTEXTS,
+        "contexts": MEMIT_CONTEXTS,
         "key_average": "half",
         "memorization": "least_squares",
         "preservation_weight": 15_000.0,
     },
     "emmet": {
         "targets": _BLOCK,
-        "contexts": _MEMIT_CONTEXTS,
+        "contexts": MEMIT_CONTEXTS,
         "key_average": "half",
         "memorization": "equality",
     },
     "alphaedit": {
         "targets": _BLOCK,
-        "contexts": _MEMIT_CONTEXTS,
+        "contexts": MEMIT_CONTEXTS,
         "key_average": "half",
         "memorization": "least_squares",
         "preservation": "null_space",
@@ -160,108 +156,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """What makes each method itself. `r_rome` is ROME as its paper has it: one key."""
 RECIPES["r_rome"] = RECIPES["rome"]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model that hyperparameters were chosen for."""
-
-    model_type: str
-    layers: int
-    d_value: int
-    vocabulary: int
-    settings: dict[str, dict[str, Any]]
-    """Changes to a method's base, for each method; "rome" serves all of ROME's."""
-    origin: Origin
-    source: str
-
-
-def _table(
-    rome: dict[str, Any],
-    memit: dict[str, Any],
-    emmet: dict[str, Any] | None,
-    alphaedit: dict[str, Any] | None = None,
-) -> dict[str, dict[str, Any]]:
-    # AlphaEdit takes MEMIT's settings, but for λ: its null space stands in for it.
-    inherited = {k: v for k, v in memit.items() if k != "preservation_weight"}
-    table = {
-        "rome": rome,
-        "memit": memit,
-        "alphaedit": {**inherited, **(alphaedit or {})},
-    }
-    if emmet is not None:
-        table["emmet"] = emmet
-    return table
-
-
-_PUBLISHED = (
-    "the methods' published code (kmeng01/rome, kmeng01/memit, "
-    "jianghoucheng/AlphaEdit, scalable-model-editing/unified-model-editing); EMMET's "
-    "as equality, without λ_D"
-)
-
-PRESETS: dict[str, Preset] = {
-    "gpt2-xl": Preset(
-        "gpt2",
-        48,
-        1600,
-        50257,
-        _table(
-            rome={"layers": (17,)},
-            memit={
-                "layers": tuple(range(13, 18)),
-                "steps": 20,
-                "preservation_weight": 20_000.0,
-            },
-            emmet={"layers": (17,), "steps": 20},
-        ),
-        "published",
-        _PUBLISHED,
-    ),
-    "gpt-j": Preset(
-        "gptj",
-        28,
-        4096,
-        50400,
-        _table(
-            rome={"layers": (5,)},
-            memit={"layers": tuple(range(3, 9)), "steps": 25},
-            emmet={"layers": (5,), "steps": 25},
-        ),
-        "published",
-        _PUBLISHED,
-    ),
-    "llama-2-7b": Preset(
-        "llama",
-        32,
-        4096,
-        32000,
-        _table(
-            rome={"layers": (5,), "steps": 25, "weight_decay": 1e-3},
-            memit={
-                "layers": tuple(range(4, 9)),
-                "clamp": 4.0,
-                "weight_decay": 1e-3,
-            },
-            emmet={"layers": (5,), "clamp": 4.0, "weight_decay": 1e-3},
-        ),
-        "published",
-        _PUBLISHED,
-    ),
-    "llama-3-8b": Preset(
-        "llama",
-        32,
-        4096,
-        128256,
-        _table(
-            rome={"layers": (5,), "steps": 25, "weight_decay": 1e-3},
-            memit={"layers": tuple(range(4, 9)), "learning_rate": 0.1},
-            emmet=None,
-        ),
-        "published",
-        _PUBLISHED,
-    ),
-}
 
 
 def recipe(method: str, preset: str | None = None, **changes: Any) -> Recipe:

@@ -31,8 +31,10 @@ SAMPLE = 500
 """Facts whose answers are probed under ablation, spread evenly over all."""
 
 
-def measure(model: nn.Module, tokenizer: Any, world: World) -> dict[str, Any]:
-    """All of the report's figures."""
+def measure(
+    model: nn.Module, tokenizer: Any, world: World, *, recall: bool = True
+) -> dict[str, Any]:
+    """All of the report's figures; without `recall`, the quick ones."""
     adapter = ModelAdapter.of(model)
     probe = _Probe(adapter, tokenizer, world)
     half = adapter.layer_count // 2
@@ -40,7 +42,7 @@ def measure(model: nn.Module, tokenizer: Any, world: World) -> dict[str, Any]:
     mlps = [_child(block, "mlp") for block in blocks]
     attentions = [_child(block, "attn") for block in blocks]
     return {
-        "recall": world.recall(model, tokenizer),
+        **({"recall": world.recall(model, tokenizer)} if recall else {}),
         "skills": world.skill_scores(model, tokenizer),
         "probability": probe.without([]),
         "mlp_ablated": [probe.without([mlp]) for mlp in mlps],

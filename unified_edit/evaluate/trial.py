@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from covariance_cache import KeyStatistics
-from unified_edit.edits import Record
+from unified_edit.edits import Edit, Record
 from unified_edit.engine import EditResult, Prepared, edit, prepare
 from unified_edit.evaluate.counterfact import CounterFactScores, evaluate_counterfact
 from unified_edit.evaluate.world import World
@@ -68,6 +68,7 @@ class Trials:
     seed: int = 0
     progress: bool = False
     _made: dict[Any, tuple[Contexts, Targets, float]] = field(default_factory=dict)
+    _before: dict[tuple[Edit, ...], float] = field(default_factory=dict)
 
     def batch(
         self, records: Sequence[Record], recipe: Recipe
@@ -86,7 +87,9 @@ class Trials:
         )
         seconds += sum(result.report.seconds.values())
         unrelated = self.world.unrelated(records)
-        before = self._said(unrelated)
+        key = tuple(record.edit for record in records)
+        if key not in self._before:
+            self._before[key] = self._said(unrelated)
         with applied(self.model, result.update):
             skills = self.world.skill_scores(self.model, self.tokenizer)
             trial = Trial(
@@ -94,7 +97,7 @@ class Trials:
                 scores=evaluate_counterfact(self.model, self.tokenizer, records),
                 same_subject=self._said(self.world.same_subject(records)),
                 unrelated=self._said(unrelated),
-                unrelated_before=before,
+                unrelated_before=self._before[key],
                 skills=sum(skills.values()) / len(skills),
                 seconds_per_edit=seconds / len(records),
                 relative_norm=_largest_norm(result),

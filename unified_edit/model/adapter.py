@@ -32,6 +32,7 @@ def resolve_architecture(config: Any) -> Architecture:
             else getattr(quantization, "to_dict", dict)()
         )
         scheme = entries.get("quant_method", "unknown")
+        scheme = getattr(scheme, "value", scheme)
         raise UnsupportedModel(
             f"this model is quantized ({scheme}); a closed-form edit needs the real "
             "weights. Load and edit the unquantized checkpoint, then quantize again"
@@ -136,30 +137,36 @@ class ModelAdapter:
             aliases=(tensor.removeprefix(self.architecture.base_prefix),),
         )
 
-    def check_finite(self, layers: Sequence[int]) -> None:
-        """Refuses NaN and infinity in the edited weights.
+    def check_finite(self) -> None:
+        """Refuses NaN and infinity in any weight. Outputs would not always tell: some
+        attention kernels swallow a NaN.
 
         Raises:
             NonFiniteError: naming the tensor.
         """
-        for layer in layers:
-            if not bool(torch.isfinite(self.weight(layer)).all()):
-                raise NonFiniteError(
-                    f"{self.address(layer).tensor} holds NaN or infinity; the "
-                    "checkpoint is damaged or was loaded in too small a dtype"
-                )
+        if self._not_finite():
+            raise NonFiniteError(self.why_not_finite())
 
     def why_not_finite(self) -> str:
         """For messages: what makes the model's outputs NaN or infinite."""
-        names = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if not bool(torch.isfinite(parameter).all())
-        ]
+        names = self._not_finite()
         if not names:
             return "every weight is finite, so activations overflow; use a wider dtype"
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return (
-            f"{names[0]}{more} holds NaN or infinity; the checkpoint is damaged or "
-            "was loaded in too small a dtype"
+        which = (
+            f"{names[0]} holds"
+            if len(names) == 1
+            else (f"{names[0]} and {len(names) - 1} more hold")
         )
+        return (
+            f"{which} NaN or infinity; the checkpoint is damaged or was loaded in too "
+            "small a dtype"
+        )
+
+    def _not_finite(self) -> list[str]:
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.numel()
+            # Both are NaN if any value is; no copy of the weight is made.
+            and not all(torch.isfinite(x) for x in parameter.detach().aminmax())
+        ]

@@ -17,7 +17,7 @@ from unified_edit.model.prompts import (
     PaddedRows,
     Prompt,
     buckets,
-    check_lengths,
+    check_rows,
     in_contexts,
     pad,
     subject_prompts,
@@ -120,7 +120,7 @@ def _rows(
     ]
     prompts = subject_prompts(tokenizer, filled)
     rows = [Prompt(p.ids[: p.subject_end + 1], p.subject_end) for p in prompts]
-    check_lengths(adapter, [row.ids for row in rows])
+    check_rows(adapter, [row.ids for row in rows])
     return rows
 
 

@@ -72,6 +72,8 @@ def tokenize(
             f"{type(tokenizer).__name__} gives no character offsets, so a subject's "
             "tokens cannot be found reliably; load the fast tokenizer (use_fast=True)"
         )
+    if not texts:  # which tokenizers do not take
+        return []
     encoded = tokenizer(
         list(texts),
         return_offsets_mapping=True,
@@ -157,11 +159,12 @@ def continuations(
     return pairs
 
 
-def check_lengths(adapter: ModelAdapter, rows: Sequence[Sequence[int]]) -> None:
-    """Refuses rows longer than the model's positions: they would be cut silently.
+def check_rows(adapter: ModelAdapter, rows: Sequence[Sequence[int]]) -> None:
+    """Refuses rows longer than the model's positions, and ids that it has no embedding
+    for: both would fail deep inside, or not at all.
 
     Raises:
-        PromptError: naming the longest.
+        PromptError: naming the longest, or the largest.
     """
     limit = getattr(adapter.model.config, "max_position_embeddings", None)
     longest = max(map(len, rows), default=0)
@@ -169,6 +172,13 @@ def check_lengths(adapter: ModelAdapter, rows: Sequence[Sequence[int]]) -> None:
         raise PromptError(
             f"a prompt with its context and target has {longest} tokens, the model "
             f"has {limit} positions; shorten the prompt or the contexts"
+        )
+    embeddings: Any = adapter.model.get_input_embeddings()  # type: ignore[operator]
+    largest = max((max(row) for row in rows if len(row)), default=0)
+    if largest >= embeddings.num_embeddings:
+        raise PromptError(
+            f"the tokenizer made token id {largest}, the model has "
+            f"{embeddings.num_embeddings} embeddings; is it this model's tokenizer?"
         )
 
 
@@ -248,7 +258,9 @@ def generate_contexts(
             top = logits.float().cpu().topk(min(settings.top_k, logits.shape[-1]))
             choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
             ids.append(int(top.indices[choice]))
-        prefix = tokenizer.decode(ids, skip_special_tokens=True)
+        prefix = tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         prefix = " ".join(prefix.replace("{", " ").replace("}", " ").split())
         templates.append(f"{prefix}. {SLOT}" if prefix else SLOT)
     return Contexts(tuple(templates))

@@ -14,7 +14,7 @@ from unified_edit.errors import NonFiniteError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.prompts import (
     buckets,
-    check_lengths,
+    check_rows,
     continuations,
     pad,
     tokenize,
@@ -48,7 +48,7 @@ def score(
     """
     pairs = continuations(tokenizer, prompts, targets)
     rows = [ids + target[:-1] for ids, target in pairs]
-    check_lengths(adapter, rows)
+    check_rows(adapter, rows)
     found: list[Score | None] = [None] * len(rows)
     with (
         evaluating(adapter.model),
@@ -89,7 +89,7 @@ def generate(
 ) -> list[str]:
     """Greedy continuations, without the prompts and special tokens."""
     encoded = [ids for ids, _ in tokenize(tokenizer, prompts)]
-    check_lengths(adapter, [(*ids, *range(new_tokens)) for ids in encoded])
+    check_rows(adapter, [ids + (0,) * new_tokens for ids in encoded])
     found = [""] * len(prompts)
     filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     for chosen in buckets([len(ids) + new_tokens for ids in encoded]):
@@ -104,6 +104,8 @@ def generate(
             )
         for row, i in enumerate(chosen):
             found[i] = tokenizer.decode(
-                output[row, batch.ids.shape[1] :], skip_special_tokens=True
+                output[row, batch.ids.shape[1] :],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
             )
     return found

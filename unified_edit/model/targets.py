@@ -14,27 +14,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from covariance_cache.capture import evaluating
-from unified_edit.edits import SLOT, Edit, fill
+from unified_edit.edits import SLOT, Edit
 from unified_edit.errors import NonFiniteError, RecipeError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.keys import hidden_of
 from unified_edit.model.prompts import (
     Contexts,
-    check_lengths,
-    continuations,
-    in_contexts,
-    pad,
-    subject_prompts,
+    check_rows,
 )
+from unified_edit.model.rows import Chunk, Row, make_rows, prepare_chunk, suffix_logits
 
 Site = Literal["mlp_output", "block_output"]
 
@@ -64,9 +60,18 @@ class TargetSettings:
     """An edit is done when its loss is below."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.learning_rate <= 0 or self.clamp <= 0:
+        for name, choices in (
+            ("site", get_args(Site)),
+            ("kl_position", ("subject", "end")),
+        ):
+            if getattr(self, name) not in choices:
+                raise RecipeError(
+                    f"{name} must be one of {choices}, not {getattr(self, name)!r}"
+                )
+        # Written so that NaN is refused as well.
+        if not (self.steps >= 1 and self.learning_rate > 0 and self.clamp > 0):
             raise RecipeError("steps, learning_rate and clamp must be positive")
-        if self.weight_decay < 0 or self.kl_factor < 0:
+        if not (self.weight_decay >= 0 and self.kl_factor >= 0):
             raise RecipeError("weight_decay and kl_factor must not be negative")
         if any(prompt.count(SLOT) != 1 for prompt in self.kl_prompts):
             raise RecipeError("each of kl_prompts must have one slot {}")
@@ -93,52 +98,6 @@ class Targets:
         return Targets(*(getattr(self, name)[list(indices)] for name in names))
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One prompt of one edit, cut at the subject's last token."""
-
-    edit: int
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    labels: tuple[int, ...]
-    """Ids to predict, one after another from `read` on; empty in KL rows."""
-    read: int
-    """Index in `suffix` where the first label, or the KL term, is read."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    """Rows as tensors, with the prefix's attention keys and values."""
-
-    edit: Tensor
-    """[rows], index of the row's edit in the chunk"""
-    suffix: Tensor
-    """[rows, width]"""
-    mask: Tensor
-    """[rows, prefix width + width]"""
-    positions: Tensor
-    """[rows, width]"""
-    cache: tuple[tuple[Tensor, Tensor], ...]
-    """For each layer [rows, heads, prefix width, head size], twice; empty where no
-    row has a prefix."""
-    reads: Tensor
-    """[rows, most labels], positions in the suffix"""
-    labels: Tensor
-    """[rows, most labels], -1 where there is none"""
-
-    def select(self, rows: Tensor) -> _Chunk:
-        """The chunk of some rows only."""
-        return _Chunk(
-            self.edit[rows],
-            self.suffix[rows],
-            self.mask[rows],
-            self.positions[rows],
-            tuple((k[rows], v[rows]) for k, v in self.cache),
-            self.reads[rows],
-            self.labels[rows],
-        )
-
-
 def optimize_targets(
     adapter: ModelAdapter,
     tokenizer: Any,
@@ -160,9 +119,15 @@ def optimize_targets(
         PromptError: subject not found, prompt too long.
         NonFiniteError: a loss is NaN or infinite; names the edit.
     """
-    rows = _rows(tokenizer, edits, contexts, settings)
-    check_lengths(adapter, [row.prefix + row.suffix for row in rows])
-    by_edit: list[list[_Row]] = [[] for _ in edits]
+    rows = make_rows(
+        tokenizer,
+        edits,
+        contexts,
+        settings.kl_prompts if settings.kl_factor else (),
+        settings.kl_position,
+    )
+    check_rows(adapter, [row.prefix + row.suffix for row in rows])
+    by_edit: list[list[Row]] = [[] for _ in edits]
     for row in rows:
         by_edit[row.edit].append(row)
     found: list[Targets] = []
@@ -195,40 +160,9 @@ def optimize_targets(
     )
 
 
-def _rows(
-    tokenizer: Any,
-    edits: Sequence[Edit],
-    contexts: Contexts,
-    settings: TargetSettings,
-) -> list[_Row]:
-    owners, filled, targets = [], [], []
-    for index, edit in enumerate(edits):
-        for text in in_contexts(contexts, edit.template, edit.subject):
-            owners.append(index)
-            filled.append(text)
-            targets.append(edit.target)
-    prompts = subject_prompts(tokenizer, filled)
-    pairs = continuations(tokenizer, [text for text, _ in filled], targets)
-    rows = []
-    for owner, prompt, (ids, target) in zip(owners, prompts, pairs, strict=True):
-        cut = prompt.subject_end
-        # The last label is only predicted, never read.
-        whole = ids + target[:-1]
-        rows.append(_Row(owner, whole[:cut], whole[cut:], target, len(ids) - 1 - cut))
-    for index, edit in enumerate(edits if settings.kl_factor else ()):
-        stay = [fill(template, edit.subject) for template in settings.kl_prompts]
-        for prompt in subject_prompts(tokenizer, stay):
-            cut = prompt.subject_end
-            end = len(prompt.ids) if settings.kl_position == "end" else cut + 1
-            rows.append(
-                _Row(index, prompt.ids[:cut], prompt.ids[cut:end], (), end - 1 - cut)
-            )
-    return rows
-
-
 def _optimize(
     adapter: ModelAdapter,
-    rows: Sequence[_Row],
+    rows: Sequence[Row],
     edits: Sequence[Edit],
     start: int,
     stop: int,
@@ -237,7 +171,7 @@ def _optimize(
     bar: Any,
 ) -> Targets:
     """The loop over one chunk of edits, `edits[start:stop]`."""
-    everything = _prepare(adapter, rows, start)
+    everything = prepare_chunk(adapter, rows, start)
     count = stop - start
     site = (
         adapter.down_projection(layer)
@@ -245,7 +179,7 @@ def _optimize(
         else adapter.block(layer)
     )
     with torch.no_grad(), _adding(site, None) as seen:
-        logits = _logits(adapter, everything)
+        logits = suffix_logits(adapter, everything)
     # The first row of each edit is the bare prompt.
     first = torch.tensor(
         [
@@ -267,7 +201,7 @@ def _optimize(
     chunk, kept = everything, torch.arange(len(rows), device=everything.edit.device)
     for step in range(settings.steps):
         with _adding(site, delta[chunk.edit.to(delta.device)]):
-            logits = _logits(adapter, chunk)
+            logits = suffix_logits(adapter, chunk)
         loss, nll = _losses(logits, chunk, reference[kept], settings, count)
         loss = loss + settings.weight_decay * (delta.norm(dim=1) / norm.square()).to(
             loss.device
@@ -307,58 +241,6 @@ def _optimize(
     )
 
 
-def _prepare(adapter: ModelAdapter, rows: Sequence[_Row], start: int) -> _Chunk:
-    """Tensors of a chunk; runs the prefixes once."""
-    prefix = pad([row.prefix for row in rows], adapter.device, left=True)
-    suffix = pad([row.suffix for row in rows], adapter.device)
-    cache: tuple[tuple[Tensor, Tensor], ...] = ()
-    if prefix.ids.shape[1]:
-        with torch.no_grad():
-            output = adapter.model(
-                input_ids=prefix.ids,
-                attention_mask=prefix.mask,
-                position_ids=prefix.positions,
-                past_key_values=DynamicCache(),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        cache = tuple((x.keys, x.values) for x in output.past_key_values.layers)
-    most = max(max(len(row.labels) for row in rows), 1)
-    reads = torch.zeros(len(rows), most, dtype=torch.long)
-    labels = torch.full((len(rows), most), -1)
-    for index, row in enumerate(rows):
-        reads[index, 0] = row.read
-        for offset, label in enumerate(row.labels):
-            reads[index, offset] = row.read + offset
-            labels[index, offset] = label
-    before = prefix.mask.sum(1, keepdim=True)
-    return _Chunk(
-        edit=torch.tensor([row.edit - start for row in rows], device=adapter.device),
-        suffix=suffix.ids,
-        mask=torch.cat([prefix.mask, suffix.mask], dim=1),
-        positions=suffix.positions + before,
-        cache=cache,
-        reads=reads.to(adapter.device),
-        labels=labels.to(adapter.device),
-    )
-
-
-def _logits(adapter: ModelAdapter, chunk: _Chunk) -> Tensor:
-    """The model's own logits over the suffixes, [rows, width, vocabulary]."""
-    # A fresh cache object each time: it grows by the suffix as it is used.
-    cache = DynamicCache(chunk.cache) if chunk.cache else None
-    output = adapter.model(
-        input_ids=chunk.suffix,
-        attention_mask=chunk.mask,
-        position_ids=chunk.positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
-    logits = output.logits
-    assert isinstance(logits, Tensor)
-    return logits
-
-
 def _at(logits: Tensor, reads: Tensor) -> Tensor:
     """Log-probabilities at `reads` [rows, m] → [rows, m, vocabulary]."""
     reads = reads.to(logits.device)
@@ -373,7 +255,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _losses(
     logits: Tensor,
-    chunk: _Chunk,
+    chunk: Chunk,
     reference: Tensor,
     settings: TargetSettings,
     count: int,

@@ -1,0 +1,375 @@
+"""The batched, suffix-only optimisation of targets against a plain loop: one edit at
+a time, whole prompts, padded on the right, as the published code does it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from model_kit import (
+    CONTEXTS,
+    EDITS,
+    Tiny,
+    block_of,
+    make_model,
+    make_tokenizer,
+    mlp_of,
+    rows_of,
+    subject_index,
+    target_ids,
+)
+from torch import Tensor
+
+from unified_edit.edits import Edit
+from unified_edit.errors import NonFiniteError, PromptError, RecipeError
+from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.prompts import Contexts
+from unified_edit.model.targets import Targets, TargetSettings, optimize_targets
+
+LAYER = 1
+SETTINGS = {
+    "mlp_output": TargetSettings("mlp_output", steps=6, clamp=4.0, learning_rate=0.3),
+    "block_output": TargetSettings("block_output", steps=6, learning_rate=0.3),
+}
+
+
+def plain_targets(
+    tiny: Tiny,
+    edit: Edit,
+    settings: TargetSettings,
+    contexts: Contexts = CONTEXTS,
+    layer: int = LAYER,
+) -> dict[str, Any]:
+    """Meng et al. 2022, equation 4, and the published code's loop, for one edit."""
+    model, tokenizer = tiny.model, tiny.tokenizer
+    rows, wanted, reads, subjects = [], [], [], []
+    for text, ids, index in rows_of(tokenizer, edit, contexts):
+        answer = target_ids(tokenizer, text, edit.target)
+        rows.append(ids + answer)
+        wanted.append(answer)
+        reads.append(len(ids) - 1)
+        subjects.append(index)
+    for template in settings.kl_prompts:
+        text = template.replace("{}", edit.subject)
+        ids = tokenizer(text)["input_ids"]
+        end = text.index(edit.subject) + len(edit.subject)
+        index = subject_index(tokenizer, ids, text, end)
+        rows.append(ids)
+        subjects.append(index)
+        reads.append(index if settings.kl_position == "subject" else len(ids) - 1)
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    every = torch.arange(len(rows))
+
+    mlp_site = settings.site == "mlp_output"
+    module = (mlp_of if mlp_site else block_of)(model, tiny.kind, layer)
+    dtype = model.get_input_embeddings().weight.dtype
+    delta = torch.zeros(model.config.hidden_size, dtype=dtype, requires_grad=True)
+    initial: list[Tensor] = []
+
+    def hook(_: Any, __: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not initial:
+            initial.append(hidden[0, subjects[0]].detach().clone())
+        hidden = hidden.clone()
+        hidden[every, torch.tensor(subjects)] += delta
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    handle = module.register_forward_hook(hook)
+    optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
+    reference = None
+    losses, probabilities = [], []
+    try:
+        for step in range(settings.steps):
+            logs = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+            kls = [logs[row, reads[row]] for row in range(len(wanted), len(rows))]
+            if reference is None:
+                reference = [kl.detach().clone() for kl in kls]
+            nlls = []
+            for row, answer in enumerate(wanted):
+                picked = [
+                    logs[row, reads[row] + i, token] for i, token in enumerate(answer)
+                ]
+                nlls.append(-sum(picked) / len(answer))
+            nll = sum(nlls) / len(nlls)
+            kl = sum(
+                (now.exp() * (now - was)).sum()
+                for now, was in zip(kls, reference, strict=True)
+            ) / max(len(kls), 1)
+            decay = settings.weight_decay * delta.norm() / initial[0].norm() ** 2
+            loss = nll + settings.kl_factor * kl + decay
+            losses.append(float(loss.detach()))
+            probabilities.append(math.exp(-float(nll.detach())))
+            if losses[-1] < settings.loss_threshold or step == settings.steps - 1:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            limit = settings.clamp * initial[0].norm()
+            with torch.no_grad():
+                if delta.norm() > limit:
+                    delta.mul_(limit / delta.norm())
+    finally:
+        handle.remove()
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    return {
+        "value": initial[0] + delta.detach(),
+        "delta": delta.detach(),
+        "initial": initial[0],
+        "losses": losses,
+        "probability": probabilities[-1],
+        "initial_probability": probabilities[0],
+        "steps": len(losses),
+    }
+
+
+def optimized(
+    tiny: Tiny,
+    settings: TargetSettings,
+    edits: list[Edit] = EDITS,
+    contexts: Contexts = CONTEXTS,
+    **options: Any,
+) -> Targets:
+    return optimize_targets(
+        tiny.adapter, tiny.tokenizer, edits, contexts, LAYER, settings, **options
+    )
+
+
+def assert_equal_plain(
+    found: Targets, index: int, plain: dict[str, Any], tolerance: float
+) -> None:
+    delta = found.values[index] - found.initial[index]
+    size = float(plain["delta"].norm())
+    assert (size > 0) == (plain["steps"] > 1)
+    assert float((delta - plain["delta"]).norm()) <= tolerance * size
+    assert torch.allclose(found.initial[index], plain["initial"], rtol=tolerance)
+    for name in ("probability", "initial_probability"):
+        value = float(getattr(found, name)[index])
+        assert math.isclose(value, plain[name], rel_tol=tolerance), name
+    assert int(found.steps[index]) == plain["steps"]
+
+
+@pytest.mark.parametrize("kl_position", ["subject", "end"])
+@pytest.mark.parametrize("site", ["mlp_output", "block_output"])
+def test_a_batch_equals_the_plain_loop(
+    tiny64: Tiny, site: str, kl_position: Any
+) -> None:
+    settings = replace(
+        SETTINGS[site],
+        kl_position=kl_position,
+        kl_prompts=("{} is a", "Some say that {} was"),
+        kl_factor=0.5,
+    )
+    found = optimized(tiny64, settings)
+    assert found.values.dtype == torch.float64
+    for index, edit in enumerate(EDITS):
+        plain = plain_targets(tiny64, edit, settings)
+        assert_equal_plain(found, index, plain, 1e-8)
+
+
+@pytest.mark.parametrize("site", ["mlp_output", "block_output"])
+def test_a_batch_equals_the_plain_loop_in_float32(tiny: Tiny, site: str) -> None:
+    settings = replace(SETTINGS[site], steps=4)
+    found = optimized(tiny, settings)
+    assert found.values.dtype == torch.float32
+    for index, edit in enumerate(EDITS):
+        plain = plain_targets(tiny, edit, settings)
+        assert_equal_plain(found, index, plain, 1e-3)
+
+
+@pytest.mark.parametrize("contexts", [Contexts(), CONTEXTS], ids=["bare", "three"])
+def test_without_kl_and_from_the_first_token_on(
+    tiny64: Tiny, contexts: Contexts
+) -> None:
+    """With the subject as the first token there is no prefix at all."""
+    settings = replace(SETTINGS["block_output"], kl_factor=0.0, weight_decay=0.0)
+    edits = [Edit("{} lives in", "A", "Oslo"), EDITS[2]]
+    for some in (edits[:1], edits):
+        found = optimized(tiny64, settings, some, contexts)
+        for index, edit in enumerate(some):
+            plain = plain_targets(tiny64, edit, settings, contexts)
+            assert_equal_plain(found, index, plain, 1e-8)
+
+
+def test_other_layers(tiny64: Tiny) -> None:
+    for layer in (0, 2):
+        found = optimize_targets(
+            tiny64.adapter,
+            tiny64.tokenizer,
+            EDITS[:2],
+            CONTEXTS,
+            layer,
+            SETTINGS["block_output"],
+        )
+        for index, edit in enumerate(EDITS[:2]):
+            plain = plain_targets(tiny64, edit, SETTINGS["block_output"], layer=layer)
+            assert_equal_plain(found, index, plain, 1e-8)
+
+
+@pytest.mark.parametrize("budget", [1, 150])
+def test_edits_alone_and_together_agree(tiny64: Tiny, budget: int) -> None:
+    settings = SETTINGS["block_output"]
+    together = optimized(tiny64, settings, token_budget=budget)
+    for index, edit in enumerate(EDITS):
+        alone = optimized(tiny64, settings, [edit])
+        for name in Targets.__dataclass_fields__:
+            a, b = getattr(alone, name)[0], getattr(together, name)[index]
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), name
+
+
+def test_edits_that_are_done_keep_their_value(tiny64: Tiny) -> None:
+    settings = replace(
+        SETTINGS["mlp_output"],
+        steps=8,
+        clamp=50.0,
+        weight_decay=0.0,
+        kl_factor=0.01,
+        loss_threshold=1e-9,
+    )
+    losses = [plain_targets(tiny64, edit, settings)["losses"] for edit in EDITS]
+    # One edit comes below it on its way; some are there already or never.
+    middle = sorted(losses, key=min)[2]
+    settings = replace(settings, loss_threshold=min(middle[:5]) + 1e-6)
+    found = optimized(tiny64, settings)
+    assert len(set(found.steps.tolist())) > 1
+    assert any(1 < step <= 5 for step in found.steps.tolist())
+    for index, edit in enumerate(EDITS):
+        plain = plain_targets(tiny64, edit, settings)
+        assert_equal_plain(found, index, plain, 1e-8)
+
+
+def test_at_most_steps_less_one_updates(tiny64: Tiny) -> None:
+    settings = replace(SETTINGS["block_output"], steps=1)
+    found = optimized(tiny64, settings)
+    assert torch.equal(found.values, found.initial)
+    assert torch.equal(found.probability, found.initial_probability)
+    assert found.steps.tolist() == [1] * len(EDITS)
+    # Adam's first update is the learning rate in each coordinate, either way.
+    settings = replace(settings, steps=2, clamp=1e6, learning_rate=0.01)
+    found = optimized(tiny64, settings)
+    moved = (found.values - found.initial).abs()
+    assert float(moved.max()) < 0.01 + 1e-9 and float(moved.median()) > 0.0099
+
+
+@pytest.mark.parametrize("site", ["mlp_output", "block_output"])
+def test_the_clamp_holds_and_binds(tiny64: Tiny, site: str) -> None:
+    settings = replace(SETTINGS[site], clamp=0.05)
+    found = optimized(tiny64, settings)
+    ratio = (found.values - found.initial).norm(dim=1) / found.initial.norm(dim=1)
+    assert bool((ratio < 0.05 + 1e-12).all())
+    binding = (ratio > 0.05 - 1e-12).nonzero()[:, 0].tolist()
+    assert binding
+    plain = plain_targets(tiny64, EDITS[binding[0]], settings)
+    assert_equal_plain(found, binding[0], plain, 1e-8)
+
+
+@pytest.mark.parametrize("site", ["mlp_output", "block_output"])
+def test_targets_become_more_probable(tiny: Tiny, site: str) -> None:
+    settings = replace(SETTINGS[site], steps=25, weight_decay=0.0, clamp=20.0)
+    found = optimized(tiny, settings)
+    assert bool((found.probability > 1.02 * found.initial_probability).all())
+    assert float((found.probability / found.initial_probability).max()) > 2
+    plain = plain_targets(tiny, EDITS[0], settings)
+    assert plain["losses"][-1] < plain["losses"][0]
+
+
+def test_deterministic_and_independent_of_global_seed(tiny: Tiny) -> None:
+    torch.manual_seed(1)
+    first = optimized(tiny, SETTINGS["block_output"])
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again = optimized(tiny, SETTINGS["block_output"])
+    assert torch.equal(first.values, again.values)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_eager_and_sdpa_attention_agree(kind: str) -> None:
+    # Without BOS and with a subject of one token: a row without prefix among others.
+    edits = [*EDITS, Edit("{} lives in", "A", "Oslo")]
+    tokenizer = make_tokenizer("gpt2")
+    found = []
+    for attention in ("eager", "sdpa"):
+        model = make_model(kind, attn_implementation=attention).double()
+        found.append(
+            optimize_targets(
+                ModelAdapter.of(model),
+                tokenizer,
+                edits,
+                CONTEXTS,
+                LAYER,
+                SETTINGS["block_output"],
+            )
+        )
+    # Llama's eager attention takes its softmax in float32.
+    difference = (found[0].values - found[1].values).norm()
+    assert float(difference) < 1e-4 * float(found[0].values.norm())
+
+
+def test_modes_and_gradients_are_restored_also_on_error(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny.model).train()
+    block_of(model, tiny.kind, 0).eval()
+    frozen = next(name for name, _ in model.named_parameters())
+    model.get_parameter(frozen).requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        ModelAdapter.of(broken).weight(2)[0, 0] = math.nan
+    arguments = (tiny.tokenizer, EDITS, CONTEXTS, LAYER, SETTINGS["block_output"])
+    found = optimize_targets(ModelAdapter.of(model), *arguments)
+    with pytest.raises(NonFiniteError):
+        optimize_targets(ModelAdapter.of(broken), *arguments)
+    for each in (model, broken):
+        assert [module.training for module in each.modules()] == modes
+        assert [p.requires_grad for p in each.parameters()] == wanted
+        assert all(p.grad is None for p in each.parameters())
+        assert not any(module._forward_hooks for module in each.modules())
+    # Dropout was off: the same as in evaluation mode.
+    assert torch.equal(found.values, optimized(tiny, SETTINGS["block_output"]).values)
+
+
+def test_nan_weights_are_named_with_the_edit(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny.model)
+    adapter = ModelAdapter.of(model)
+    with torch.no_grad():
+        adapter.weight(2)[1, 1] = math.nan
+    with pytest.raises(NonFiniteError, match=r"edit 0 .*Lovelace.*") as caught:
+        optimize_targets(
+            adapter, tiny.tokenizer, EDITS, CONTEXTS, LAYER, SETTINGS["mlp_output"]
+        )
+    assert adapter.address(2).tensor in str(caught.value)
+
+
+def test_too_long_prompts_are_refused(tiny: Tiny) -> None:
+    long = Edit("{} is", "Ada", "x " * 99 + "x")
+    with pytest.raises(PromptError, match="96 positions"):
+        optimized(tiny, SETTINGS["block_output"], [EDITS[0], long])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"clamp": 0.0},
+        {"weight_decay": -1.0},
+        {"kl_factor": -0.1},
+        {"kl_prompts": ("no slot",)},
+        {"kl_prompts": ("{} and {}",)},
+        {"site": "attention"},
+        {"kl_position": "middle"},
+        {"clamp": math.nan},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError):
+        replace(SETTINGS["block_output"], **wrong)
