@@ -4,8 +4,8 @@ A model's fingerprint is a SHA-256 over the shapes and evenly spaced values of a
 floating-point matrices, read as float32 and taken as a set. So it is the same for a
 live model and for its checkpoint's files (names and prefixes, tied copies and buffers
 do not matter), the same whether stored as float16 or loaded as float32, costs
-milliseconds, and changes with any edit of a weight. It guards against mistakes, not
-against forgery.
+milliseconds, and changes with any update of a weight. It is a sample: a change of a few
+single values can escape it. It guards against mistakes, not against forgery.
 """
 
 from __future__ import annotations

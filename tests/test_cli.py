@@ -285,8 +285,12 @@ def _forget(place):
         (lambda place: (place.model / "config.json").unlink(), "holds no config.json"),
         (lambda place: (place.model / "tokenizer.json").unlink(), "the tokenizer"),
         (
-            lambda place: make_model("gpt2", 350, seed=9).save_pretrained(place.model),
-            "model",
+            lambda place: [each.unlink() for each in place.model.glob("*token*")],
+            "holds no tokenizer",
+        ),
+        (
+            lambda place: make_model("gpt2", seed=9).save_pretrained(place.model),
+            "holds both model.safetensors and",
         ),
         (
             lambda place: (place.statistics / "layer-001.safetensors").unlink(),

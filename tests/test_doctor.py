@@ -156,8 +156,11 @@ def test_refused_models_are_reported_with_the_reason(work):
         report = json.loads(result.stdout)
         assert report["supported"] is False and reason in report["refusal"]
         assert report["weights"] is None and report["recipes"] == []
-        assert len(report["files"]) > 1 and report["tokenizer"]["fast"]
-        assert result.stderr.count("error: ") == 1
+        assert len(report["files"]) > 1
+        # A config that cannot be read stands in the tokenizer's way as well.
+        readable = changes != {"n_embd": "wide"}
+        assert (report["tokenizer"] is not None) == readable
+        assert result.stderr.count("error: ") == len(report["problems"]) == 2 - readable
         assert reason in result.stderr and "Traceback" not in result.stderr
         assert run("doctor", place.model).exit_code == 1
         (place.model / "config.json").write_text(kept)
@@ -183,7 +186,7 @@ def test_a_missing_and_a_slow_tokenizer(work):
     for path in place.model.glob("*token*"):
         path.unlink()
     (missing,) = examine(str(place.model)).problems
-    assert "cannot load the tokenizer" in missing
+    assert "holds no tokenizer" in missing
     ByT5Tokenizer().save_pretrained(place.model)
     report = examine(str(place.model))
     assert report.supported and report.tokenizer is not None

@@ -19,7 +19,7 @@ from covariance_cache import StatisticsStore, collect
 from unified_edit.algebra.update import UpdateSet
 from unified_edit.checkpoint.patch import patch
 from unified_edit.edits import Record
-from unified_edit.errors import EditError
+from unified_edit.errors import CheckpointError, EditError
 from unified_edit.evaluate.trial import Trial, Trials
 from unified_edit.evaluate.world import World
 from unified_edit.model.adapter import ModelAdapter
@@ -144,7 +144,9 @@ def _one_model(
     if edited.exists():
         shutil.rmtree(edited)
     patched = patch(base, UpdateSet.load(update_file), out=edited)
-    patched.verify()
+    checked = patched.verify()
+    if not checked.ok:
+        raise CheckpointError(f"{edited}: {'; '.join(map(str, checked.problems))}")
     again, _ = load(edited)
     after = _completions(again, tokenizer, shown)
     _show(console, shown, before, after)

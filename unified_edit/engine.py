@@ -67,12 +67,7 @@ def prepare(
         RecipeError: statistics of a layer are missing.
         IllConditioned: C is not positive definite, even with jitter.
     """
-    missing = [layer for layer in recipe.layers if layer not in statistics]
-    if missing:
-        raise RecipeError(
-            f"{recipe.name} edits layers {list(recipe.layers)}; there are no key "
-            f"statistics of {missing}. Collect them with python -m covariance_cache"
-        )
+    _check_present(recipe, statistics)
     layers = {}
     for layer in recipe.layers:
         moment = statistics[layer].second_moment.to(device, torch.float64)
@@ -118,9 +113,11 @@ def edit(
     adapter.check_finite()
     fingerprint = model_fingerprint(model)
     seconds: dict[str, float] = {}
+    _check_statistics(adapter, recipe, statistics, fingerprint)
     with _timed(seconds, "factorize"):
-        prepared = prepared or prepare(recipe, statistics, adapter.device)
-    _check_statistics(adapter, recipe, statistics, prepared, fingerprint)
+        if prepared is None:
+            prepared = prepare(recipe, statistics, adapter.device)
+        _check_prepared(prepared, recipe, statistics)
     with evaluating(model):
         with _timed(seconds, "contexts"):
             if contexts is None:
@@ -270,22 +267,33 @@ def _two_key_residuals(
     return rescaled
 
 
-def _check_statistics(
-    adapter: ModelAdapter,
-    recipe: Recipe,
-    statistics: Mapping[int, KeyStatistics],
-    prepared: Prepared,
-    fingerprint: str,
+def _check_present(recipe: Recipe, statistics: Mapping[int, KeyStatistics]) -> None:
+    missing = [layer for layer in recipe.layers if layer not in statistics]
+    if missing:
+        raise RecipeError(
+            f"{recipe.name} edits layers {list(recipe.layers)}; there are no key "
+            f"statistics of {missing}. Collect them with python -m covariance_cache"
+        )
+
+
+def _check_prepared(
+    prepared: Prepared, recipe: Recipe, statistics: Mapping[int, KeyStatistics]
 ) -> None:
-    if prepared.recipe != recipe or prepared.statistics != {
-        layer: statistics[layer].fingerprint()
-        for layer in recipe.layers
-        if layer in statistics
-    }:
+    prints = {layer: statistics[layer].fingerprint() for layer in recipe.layers}
+    if prepared.recipe != recipe or prepared.statistics != prints:
         raise RecipeError(
             f"{recipe.name}: `prepared` was made for another recipe or other "
             "statistics; call prepare() with these"
         )
+
+
+def _check_statistics(
+    adapter: ModelAdapter,
+    recipe: Recipe,
+    statistics: Mapping[int, KeyStatistics],
+    fingerprint: str,
+) -> None:
+    _check_present(recipe, statistics)
     for layer in recipe.layers:
         found = statistics[layer]
         if found.layer != layer:

@@ -71,7 +71,13 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     with _reading(folder, "the tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # What transformers makes up for GPT-2 without files: it reads any text as "".
+        raise CheckpointError(
+            f"{folder}: holds no tokenizer; put the model's tokenizer files there"
+        )
+    return tokenizer
 
 
 def load_model(folder: Path, config: Any, dtype: str, device: str) -> Any:

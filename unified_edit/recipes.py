@@ -175,6 +175,8 @@ def recipe(method: str, preset: str | None = None, **changes: Any) -> Recipe:
     settings: dict[str, Any] = dict(RECIPES[method])
     origin: Origin = "unvalidated"
     source = ""
+    if "layers" in changes:
+        changes["layers"] = tuple(changes["layers"])
     if preset is not None:
         chosen = PRESETS.get(preset)
         if chosen is None:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from covariance_cache import KeyStatistics
-from unified_edit.edits import Edit, Record
+from unified_edit.edits import Record
 from unified_edit.engine import EditResult, Prepared, edit, prepare
 from unified_edit.evaluate.counterfact import CounterFactScores, evaluate_counterfact
 from unified_edit.evaluate.world import World
@@ -21,7 +21,7 @@ from unified_edit.model.prompts import Contexts, generate_contexts
 from unified_edit.model.targets import Targets, optimize_targets
 from unified_edit.recipes import Recipe
 
-UNRELATED = 200
+UNRELATED = 100
 """Facts about other subjects that are asked after each single edit."""
 
 
@@ -68,7 +68,7 @@ class Trials:
     seed: int = 0
     progress: bool = False
     _made: dict[Any, tuple[Contexts, Targets, float]] = field(default_factory=dict)
-    _before: dict[tuple[Edit, ...], float] = field(default_factory=dict)
+    _before: dict[tuple[tuple[str, str], ...], float] = field(default_factory=dict)
 
     def batch(
         self, records: Sequence[Record], recipe: Recipe
@@ -87,9 +87,7 @@ class Trials:
         )
         seconds += sum(result.report.seconds.values())
         unrelated = self.world.unrelated(records)
-        key = tuple(record.edit for record in records)
-        if key not in self._before:
-            self._before[key] = self._said(unrelated)
+        before = self._said_before(unrelated)
         with applied(self.model, result.update):
             skills = self.world.skill_scores(self.model, self.tokenizer)
             trial = Trial(
@@ -97,7 +95,7 @@ class Trials:
                 scores=evaluate_counterfact(self.model, self.tokenizer, records),
                 same_subject=self._said(self.world.same_subject(records)),
                 unrelated=self._said(unrelated),
-                unrelated_before=self._before[key],
+                unrelated_before=before,
                 skills=sum(skills.values()) / len(skills),
                 seconds_per_edit=seconds / len(records),
                 relative_norm=_largest_norm(result),
@@ -153,7 +151,7 @@ class Trials:
         others = self.world.unrelated([record])
         stride = max(1, len(others) // UNRELATED)
         asked = others[index % stride :: stride]
-        before = self._said(asked)
+        before = self._said_before(asked)
         with applied(self.model, result.update):
             return Trial(
                 recipe=recipe.name,
@@ -168,6 +166,13 @@ class Trials:
 
     def _said(self, prompts: Sequence[tuple[str, str]]) -> float:
         return self.world.retention(self.model, self.tokenizer, prompts)
+
+    def _said_before(self, prompts: Sequence[tuple[str, str]]) -> float:
+        """The same, on the unedited model: the recipes share it."""
+        key = tuple(prompts)
+        if key not in self._before:
+            self._before[key] = self._said(prompts)
+        return self._before[key]
 
     def _targets(
         self, records: Sequence[Record], recipe: Recipe
