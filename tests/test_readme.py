@@ -1,0 +1,31 @@
+"""The README's Python blocks run as they stand, one after another."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("gpt2", "data"):
+        shutil.copytree(
+            ROOT / "examples" / "tinyworld" / part,
+            tmp_path / "examples" / "tinyworld" / part,
+        )
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["result"].report.success >= 0.9
+    before = (ROOT / "examples/tinyworld/gpt2/model.safetensors").read_bytes()
+    assert (tmp_path / "gpt2-edited/model.safetensors").read_bytes() == before
+    assert names["solution"].update.rank == 8
