@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -41,8 +42,8 @@ _COLUMNS = {
     "ES": "es",
     "PS": "ps",
     "NS": "ns",
-    "same subject": "same_subject",
-    "unrelated": "unrelated",
+    "same": "same_subject",
+    "other": "unrelated",
     "skills": "skills",
     "s/edit": "seconds_per_edit",
     "‖ΔW‖/‖W‖": "relative_norm",
@@ -119,8 +120,11 @@ def _one_model(
     shown = records[:5]
     before = _completions(model, tokenizer, shown)
     trials = Trials(model, tokenizer, world, statistics, progress=True)
-    table = Table(title=f"{len(records)} edits at once", title_justify="left")
-    table.add_column("recipe")
+    # Narrow enough for a terminal of 80 columns.
+    table = Table(
+        title=f"{len(records)} edits at once", title_justify="left", box=SIMPLE_HEAD
+    )
+    table.add_column("recipe", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="right")
     rows: dict[str, Any] = {}
@@ -135,8 +139,9 @@ def _one_model(
     console.print(table)
     first = rows[WRITTEN]
     console.print(
-        f"unrelated facts before: {first['unrelated_before']:.3f}; all figures but the "
-        "last two are shares, 1 is best"
+        "same: other facts about the edited subjects; other: facts about other "
+        f"subjects ({first['unrelated_before']:.3f} before); 1 is best but for the last "
+        "two columns"
     )
 
     update_file = written.save(out / f"{base.name}-update.safetensors")
