@@ -122,7 +122,10 @@ def _one_model(
     trials = Trials(model, tokenizer, world, statistics, progress=True)
     # Narrow enough for a terminal of 80 columns.
     table = Table(
-        title=f"{len(records)} edits at once", title_justify="left", box=SIMPLE_HEAD
+        title=f"{len(records)} edits at once",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("recipe", no_wrap=True)
     for name in _COLUMNS:
@@ -140,8 +143,8 @@ def _one_model(
     first = rows[WRITTEN]
     console.print(
         "same: other facts about the edited subjects; other: facts about other "
-        f"subjects ({first['unrelated_before']:.3f} before); 1 is best but for the last "
-        "two columns"
+        f"subjects ({first['unrelated_before']:.3f} before); 1 is best, but for the "
+        "last two columns"
     )
 
     update_file = written.save(out / f"{base.name}-update.safetensors")
@@ -193,7 +196,7 @@ def _completions(
 
 def _cells(trial: Trial) -> list[str]:
     row = trial.row()
-    return [f"{row[name]:.3f}" for name in _COLUMNS.values()]
+    return [f"{row[name]:.3f}"[:5] for name in _COLUMNS.values()]
 
 
 def _show(
