@@ -44,9 +44,9 @@ _COLUMNS = {
     "NS": "ns",
     "same": "same_subject",
     "other": "unrelated",
-    "skills": "skills",
+    "skill": "skills",
     "s/edit": "seconds_per_edit",
-    "‖ΔW‖/‖W‖": "relative_norm",
+    "norm": "relative_norm",
 }
 
 
@@ -144,7 +144,7 @@ def _one_model(
     console.print(
         "same: other facts about the edited subjects; other: facts about other "
         f"subjects ({first['unrelated_before']:.3f} before); 1 is best, but for the "
-        "last two columns"
+        "last two columns; norm: largest ‖ΔW‖/‖W‖ of a layer"
     )
 
     update_file = written.save(out / f"{base.name}-update.safetensors")
