@@ -117,7 +117,8 @@ def edit(
     with _timed(seconds, "factorize"):
         if prepared is None:
             prepared = prepare(recipe, statistics, adapter.device)
-        _check_prepared(prepared, recipe, statistics)
+        else:
+            _check_prepared(prepared, recipe, statistics)
     with evaluating(model):
         with _timed(seconds, "contexts"):
             if contexts is None:
