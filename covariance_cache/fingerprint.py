@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SAMPLES_PER_MATRIX = 4096
+
+Sample = tuple[tuple[int, ...], bytes]
+"""A matrix's shape, and its little-endian float32 values at `sample_positions`."""
 
 
 def sample_positions(numel: int) -> list[int]:
@@ -27,9 +30,20 @@ def sample_positions(numel: int) -> list[int]:
     return [index * numel // count for index in range(count)]
 
 
-def fingerprint_samples(samples: Iterable[tuple[tuple[int, ...], bytes]]) -> str:
-    """Fingerprint from (shape, little-endian float32 values at `sample_positions`)
-    of every floating-point tensor of two dimensions."""
+def sample_of(tensor: Tensor) -> Sample:
+    """What stands for a matrix in a fingerprint."""
+    positions = torch.tensor(sample_positions(tensor.numel()), device=tensor.device)
+    return as_sample(tensor.shape, tensor.detach().reshape(-1)[positions])
+
+
+def as_sample(shape: Sequence[int], values: Tensor) -> Sample:
+    """The same from the values at `sample_positions`, read by other means."""
+    array = values.to(torch.float32).cpu().numpy()
+    return tuple(shape), array.astype("<f4").tobytes()
+
+
+def fingerprint_samples(samples: Iterable[Sample]) -> str:
+    """Fingerprint from the samples of every floating-point tensor of two dimensions."""
     digests = {
         hashlib.sha256(repr(tuple(shape)).encode() + values).hexdigest()
         for shape, values in samples
@@ -40,18 +54,11 @@ def fingerprint_samples(samples: Iterable[tuple[tuple[int, ...], bytes]]) -> str
 def model_fingerprint(model: nn.Module) -> str:
     """Fingerprint of a loaded model. Equals that of the checkpoint it came from,
     unless loading rounded the weights."""
-
-    def samples() -> Iterable[tuple[tuple[int, ...], bytes]]:
-        for tensor in model.state_dict().values():
-            if tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel():
-                positions = torch.tensor(
-                    sample_positions(tensor.numel()), device=tensor.device
-                )
-                values = tensor.detach().reshape(-1)[positions]
-                array = values.to(torch.float32).cpu().numpy()
-                yield tuple(tensor.shape), array.astype("<f4").tobytes()
-
-    return fingerprint_samples(samples())
+    return fingerprint_samples(
+        sample_of(tensor)
+        for tensor in model.state_dict().values()
+        if tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel()
+    )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -10,11 +10,11 @@ from checkpoint_kit import address_of, random_update, save_checkpoint, tiny_mode
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from covariance_cache.fingerprint import model_fingerprint
+from covariance_cache.fingerprint import model_fingerprint, sample_of
 from unified_edit.algebra.update import WeightAddress
 from unified_edit.checkpoint.layout import new_header, read_header
 from unified_edit.checkpoint.patch import patch
-from unified_edit.checkpoint.sharded import Checkpoint, sample_of
+from unified_edit.checkpoint.sharded import Checkpoint
 from unified_edit.errors import CheckpointError, UnsupportedModel
 
 

@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from covariance_cache.fingerprint import Sample, sample_of
 from unified_edit.algebra.update import RankKUpdate, UpdateSet
 from unified_edit.checkpoint.files import STATE, NewFile, sha256_of, splice
 from unified_edit.checkpoint.layout import TensorEntry, new_header, to_bytes, to_tensor
 from unified_edit.checkpoint.manifest import Manifest, UpdateRecord, update_names
 from unified_edit.checkpoint.measure import TensorReport, changed, check_fits
-from unified_edit.checkpoint.sharded import Checkpoint, Sample, sample_of
+from unified_edit.checkpoint.sharded import Checkpoint
 from unified_edit.errors import CheckpointError, CheckpointMismatch, UpdateError
 
 

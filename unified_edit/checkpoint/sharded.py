@@ -17,7 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covariance_cache.fingerprint import fingerprint_samples, sample_positions
+from covariance_cache.fingerprint import (
+    Sample,
+    as_sample,
+    fingerprint_samples,
+    sample_positions,
+)
 from unified_edit.algebra.update import WeightAddress
 from unified_edit.checkpoint.files import listing, reported, sha256_of
 from unified_edit.checkpoint.layout import (
@@ -32,9 +37,6 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EDITABLE_DTYPES = ("F32", "F16", "BF16", "F64")
-
-Sample = tuple[tuple[int, ...], bytes]
-"""What stands for one matrix in a fingerprint: shape, float32 values."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,9 @@ class Checkpoint:
         )
         positions = sample_positions(entry.nbytes // width)
         gathered = bytearray(mapped.reshape(-1, width)[positions].tobytes())
-        return _sample(entry.shape, torch.frombuffer(gathered, dtype=entry.torch_dtype))
+        return as_sample(
+            entry.shape, torch.frombuffer(gathered, dtype=entry.torch_dtype)
+        )
 
     def sha256(self) -> dict[str, str]:
         """SHA-256 of every file in the folder, by relative name."""
@@ -202,16 +206,6 @@ def quantization_scheme(config: Mapping[str, Any]) -> str | None:
         return None
     named = declared.get("quant_method") if isinstance(declared, dict) else None
     return str(named or "an unnamed scheme")
-
-
-def sample_of(tensor: Tensor) -> Sample:
-    """What stands for `tensor`, a matrix, in a fingerprint."""
-    positions = torch.tensor(sample_positions(tensor.numel()))
-    return _sample(tuple(tensor.shape), tensor.reshape(-1)[positions])
-
-
-def _sample(shape: tuple[int, ...], values: Tensor) -> Sample:
-    return shape, values.to(torch.float32).numpy().astype("<f4").tobytes()
 
 
 def _is_sampled(entry: TensorEntry) -> bool:
