@@ -11,28 +11,23 @@ the loss as the published code has it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from covariance_cache.capture import evaluating
 from unified_edit.edits import SLOT, Edit
-from unified_edit.errors import NonFiniteError, RecipeError
+from unified_edit.errors import NonFiniteError, RecipeError, UnsupportedModel
 from unified_edit.model.adapter import ModelAdapter
-from unified_edit.model.keys import hidden_of
-from unified_edit.model.prompts import (
-    Contexts,
-    check_rows,
-)
-from unified_edit.model.rows import Chunk, Row, make_rows, prepare_chunk, suffix_logits
-
-Site = Literal["mlp_output", "block_output"]
+from unified_edit.model.prompts import Contexts, check_rows
+from unified_edit.model.rows import Row, chunks_of, make_rows
+from unified_edit.model.suffixes import Bucket, Site, as_buckets, run_whole
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,10 @@ class TargetSettings:
     token, as published code does, or at the prompt's end."""
     loss_threshold: float = 0.05
     """An edit is done when its loss is below."""
+    most_probable_stop: int | None = None
+    """An edit is done, too, at this many evaluations in which every token of its target
+    was the most probable one in every context: ENCORE's most-probable early
+    stopping. None: no such rule."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -73,6 +72,8 @@ class TargetSettings:
             raise RecipeError("steps, learning_rate and clamp must be positive")
         if not (self.weight_decay >= 0 and self.kl_factor >= 0):
             raise RecipeError("weight_decay and kl_factor must not be negative")
+        if self.most_probable_stop is not None and self.most_probable_stop < 1:
+            raise RecipeError("most_probable_stop must be at least 1, or None")
         if any(prompt.count(SLOT) != 1 for prompt in self.kl_prompts):
             raise RecipeError("each of kl_prompts must have one slot {}")
 
@@ -106,18 +107,20 @@ def optimize_targets(
     layer: int,
     settings: TargetSettings,
     *,
-    token_budget: int = 16384,
+    token_budget: int | None = None,
     progress: bool = False,
 ) -> Targets:
     """Optimises δ for every edit at once; edits do not influence each other.
 
     Args:
         layer: whose output δ is added to, at the subject's last token.
-        token_budget: tokens that one forward may hold, prefixes included.
+        token_budget: suffix tokens whose activations may be held at once; None
+            chooses from the free memory of each device.
 
     Raises:
         PromptError: subject not found, prompt too long.
         NonFiniteError: a loss is NaN or infinite; names the edit.
+        UnsupportedModel: the model says something else when only suffixes run.
     """
     rows = make_rows(
         tokenizer,
@@ -126,32 +129,18 @@ def optimize_targets(
         settings.kl_prompts if settings.kl_factor else (),
         settings.kl_position,
     )
-    check_rows(adapter, [row.prefix + row.suffix for row in rows])
-    by_edit: list[list[Row]] = [[] for _ in edits]
-    for row in rows:
-        by_edit[row.edit].append(row)
-    found: list[Targets] = []
-    start = 0
-    with (
-        _frozen(adapter.model),
-        tqdm(
+    check_rows(adapter, [row.prefix + row.suffix for each in rows for row in each])
+    with _frozen(adapter.model):
+        if token_budget is None:
+            token_budget = 16384
+        with tqdm(
             total=len(edits), desc="targets", unit="edit", disable=not progress
-        ) as bar,
-    ):
-        while start < len(edits):
-            stop, count, longest = start, 0, 0
-            while stop < len(edits):
-                more = by_edit[stop]
-                longest = max(longest, *(len(r.prefix + r.suffix) for r in more))
-                count += len(more)
-                if stop > start and count * longest > token_budget:
-                    break
-                stop += 1
-            chunk = [row for group in by_edit[start:stop] for row in group]
-            found.append(
-                _optimize(adapter, chunk, edits, start, stop, layer, settings, bar)
-            )
-            start = stop
+        ) as shown:
+            bar = _Bar(shown)
+            found = [
+                _optimize(adapter, rows, edits, chunk, layer, settings, bar)
+                for chunk in chunks_of(rows, token_budget)
+            ]
     return Targets(
         *(
             torch.cat([getattr(part, name) for part in found])
@@ -162,165 +151,152 @@ def optimize_targets(
 
 def _optimize(
     adapter: ModelAdapter,
-    rows: Sequence[Row],
+    rows: Sequence[Sequence[Row]],
     edits: Sequence[Edit],
-    start: int,
-    stop: int,
+    which: range,
     layer: int,
     settings: TargetSettings,
-    bar: Any,
+    bar: _Bar,
 ) -> Targets:
-    """The loop over one chunk of edits, `edits[start:stop]`."""
-    everything = prepare_chunk(adapter, rows, start)
-    count = stop - start
-    site = (
-        adapter.down_projection(layer)
-        if settings.site == "mlp_output"
-        else adapter.block(layer)
-    )
-    with torch.no_grad(), _adding(site, None) as seen:
-        logits = suffix_logits(adapter, everything)
-    # The first row of each edit is the bare prompt.
-    first = torch.tensor(
-        [
-            next(i for i, row in enumerate(rows) if row.edit == start + e)
-            for e in range(count)
-        ]
-    )
-    initial = _wide(seen[0][first.to(seen[0].device), 0])
-    reference = _at(logits, everything.reads[:, :1])[:, 0]
-    del logits, seen
-
+    """The loop over one chunk of edits."""
+    numbered = [replace(row, edit=n) for n, i in enumerate(which) for row in rows[i]]
+    chunk = run_whole(adapter, numbered, settings.site, layer)
+    initial, nll, reached = chunk.values, chunk.nll, torch.zeros(len(which))
     norm = initial.norm(dim=1)
     delta = torch.zeros_like(initial, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
-    probability = torch.zeros(count, dtype=initial.dtype)
-    initial_probability = probability
-    steps = torch.zeros(count, dtype=torch.long)
-    active = torch.ones(count, dtype=torch.bool)
-    chunk, kept = everything, torch.arange(len(rows), device=everything.edit.device)
-    for step in range(settings.steps):
-        with _adding(site, delta[chunk.edit.to(delta.device)]):
-            logits = suffix_logits(adapter, chunk)
-        loss, nll = _losses(logits, chunk, reference[kept], settings, count)
-        loss = loss + settings.weight_decay * (delta.norm(dim=1) / norm.square()).to(
-            loss.device
-        )
-        _check_finite(adapter, loss, active, edits, start)
-        now = torch.exp(-nll.detach()).cpu()
-        probability = torch.where(active, now, probability)
-        if step == 0:
-            initial_probability = now.clone()
-        steps += active
-        done = active & (loss.detach().cpu() < settings.loss_threshold)
-        if step == settings.steps - 1:
-            done = active.clone()
-        if bool(done.any()):
-            bar.update(int(done.sum()))
-            active &= ~done
-            if not bool(active.any()):
-                break
-            # Finished edits leave the batch: their δ stays, their rows go.
-            alive = active.to(everything.edit.device)[everything.edit]
-            kept = alive.nonzero()[:, 0]
-            chunk = everything.select(kept)
-        index = active.nonzero()[:, 0].to(loss.device)
-        (gradient,) = torch.autograd.grad(loss[index].sum(), delta)
+    steps = torch.zeros(len(which), dtype=torch.long)
+    active, buckets = torch.arange(len(which)), as_buckets(chunk, range(len(which)))
+    for step in range(1, settings.steps + 1):
+        # A leaf for each row: the graph ends there, and rows are summed in order.
+        leaves = [
+            delta.detach()[active[bucket.edits].to(delta.device)].requires_grad_()
+            for bucket in buckets
+        ]
+        measured = [b.measure(leaf) for b, leaf in zip(buckets, leaves, strict=True)]
+        now, kl, wrong = _by_edit(buckets, measured, len(active))
+        decay = settings.weight_decay * delta.norm(dim=1) / norm.square()
+        loss = now + settings.kl_factor * kl + decay.detach().cpu()[active]
+        _check_finite(adapter, loss, edits, [which[i] for i in active.tolist()])
+        if step == 1:
+            _check_same(adapter, now, nll, edits, which)
+            initial_nll = now
+        nll = nll.index_copy(0, active, now)
+        steps[active] = step
+        reached[active] += wrong == 0
+        done = loss < settings.loss_threshold
+        if settings.most_probable_stop is not None:
+            done |= reached[active] >= settings.most_probable_stop
+        if step == settings.steps:
+            done[:] = True
+        bar.finished(now[done])
+        if bool(done.all()):
+            break
+        gradient = _gradient(buckets, measured, leaves, ~done, settings.kl_factor)
+        (delta.grad,) = torch.autograd.grad(decay.sum(), delta)
+        moving = active.to(delta.device)
+        delta.grad[moving] += gradient
         before = delta.detach().clone()
-        delta.grad = gradient
         optimizer.step()
+        if bool(done.any()):
+            # Finished edits leave the batch: their δ stays, their rows go.
+            active = active[~done]
+            buckets = as_buckets(chunk, active.tolist())
+            moving = active.to(delta.device)
         with torch.no_grad():
             scale = settings.clamp * norm / delta.norm(dim=1).clamp_min(1e-30)
             delta.mul_(scale.clamp_max(1.0)[:, None])
             # Adam's momentum would go on moving edits that are done.
-            moving = active.to(delta.device)[:, None]
-            delta.copy_(torch.where(moving, delta, before))
-        bar.set_postfix(probability=f"{float(probability.mean()):.3f}")
+            delta.copy_(before.index_copy(0, moving, delta[moving]))
     return Targets(
-        (initial + delta).detach(), initial, probability, initial_probability, steps
+        values=(initial + delta).detach(),
+        initial=initial,
+        probability=torch.exp(-nll),
+        initial_probability=torch.exp(-initial_nll),
+        steps=steps,
     )
 
 
-def _at(logits: Tensor, reads: Tensor) -> Tensor:
-    """Log-probabilities at `reads` [rows, m] → [rows, m, vocabulary]."""
-    reads = reads.to(logits.device)
-    rows = torch.arange(len(logits), device=logits.device)[:, None]
-    return log_softmax(_wide(logits[rows, reads]), dim=-1)
+def _by_edit(
+    buckets: Sequence[Bucket], measured: Sequence[tuple[Tensor, Tensor]], count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean NLL and KL of each edit, and how many of its labels are not the most
+    probable token; [count], on the CPU, where sums have one order."""
+    nll, kl, wrong = torch.zeros(3, count, dtype=torch.float64)
+    for bucket, (losses, right) in zip(buckets, measured, strict=True):
+        reads, labels = bucket.reads, len(bucket.reads.labels)
+        weighted = losses.detach().cpu() * reads.weights
+        nll.index_add_(0, reads.edits[:labels], weighted[:labels])
+        kl.index_add_(0, reads.edits[labels:], weighted[labels:])
+        wrong.index_add_(0, reads.edits[:labels], (~right.cpu()).double())
+    return nll, kl, wrong
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32, or in float64 if it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _losses(
-    logits: Tensor,
-    chunk: Chunk,
-    reference: Tensor,
-    settings: TargetSettings,
-    count: int,
-) -> tuple[Tensor, Tensor]:
-    """Loss without weight decay [count], and the targets' mean token NLL [count]; zero
-    for edits without rows."""
-    edit = chunk.edit.to(logits.device)
-    labels = chunk.labels.to(logits.device)
-    is_kl = labels[:, 0] < 0
-    read = _at(logits, chunk.reads)
-    valid = labels >= 0
-    picked = read.gather(2, labels.clamp_min(0)[:, :, None])[:, :, 0]
-    # Each row's mean over the target's tokens, each edit's mean over its rows.
-    row_nll = -(picked * valid).sum(1) / valid.sum(1).clamp_min(1)
-    nll = _mean_by_edit(row_nll, edit, ~is_kl, count)
-    if not bool(is_kl.any()):
-        return nll, nll
-    now = read[:, 0]
-    row_kl = (now.exp() * (now - reference)).sum(1)
-    kl = _mean_by_edit(row_kl, edit, is_kl, count)
-    return nll + settings.kl_factor * kl, nll
-
-
-def _mean_by_edit(values: Tensor, edit: Tensor, rows: Tensor, count: int) -> Tensor:
-    total, number = values.new_zeros(count), values.new_zeros(count)
-    total = total.index_add(0, edit[rows], values[rows])
-    number = number.index_add(0, edit[rows], torch.ones_like(values[rows]))
-    return total / number.clamp_min(1)
+def _gradient(
+    buckets: Sequence[Bucket],
+    measured: Sequence[tuple[Tensor, Tensor]],
+    leaves: Sequence[Tensor],
+    wanted: Tensor,
+    kl_factor: float,
+) -> Tensor:
+    """Of each edit's loss by its δ [edits, d_value]; zero where it is not wanted."""
+    total: Any = 0
+    for bucket, (losses, _) in zip(buckets, measured, strict=True):
+        reads = bucket.reads
+        weights = reads.weights * wanted[reads.edits]
+        weights[len(reads.labels) :] *= kl_factor
+        total = total + (losses * weights.to(losses)).sum()
+    by_row = torch.cat(torch.autograd.grad(total, leaves))
+    # Every edit has as many rows as any other.
+    order = torch.cat([bucket.edits for bucket in buckets]).argsort(stable=True)
+    return by_row[order.to(by_row.device)].view(len(wanted), -1, by_row.shape[1]).sum(1)
 
 
 def _check_finite(
-    adapter: ModelAdapter,
-    loss: Tensor,
-    active: Tensor,
-    edits: Sequence[Edit],
-    start: int,
+    adapter: ModelAdapter, loss: Tensor, edits: Sequence[Edit], which: Sequence[int]
 ) -> None:
-    bad = (~torch.isfinite(loss.detach().cpu()) & active).nonzero()[:, 0].tolist()
-    if bad:
-        raise NonFiniteError(
-            f"the loss of edit {start + bad[0]} ({edits[start + bad[0]]}) is not "
-            f"finite: {adapter.why_not_finite()}"
+    for value, index in zip(loss.tolist(), which, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss of edit {index} ({edits[index]}) is not finite: "
+                f"{adapter.why_not_finite()}"
+            )
+
+
+def _check_same(
+    adapter: ModelAdapter,
+    now: Tensor,
+    whole: Tensor,
+    edits: Sequence[Edit],
+    which: Sequence[int],
+) -> None:
+    """The suffixes alone must say what whole prompts say."""
+    dtype = adapter.weight(0).dtype
+    allowed = 4 * math.sqrt(torch.finfo(dtype).eps) * (1 + whole)
+    worst = int(((now - whole).abs() - allowed).argmax())
+    if bool((now - whole).abs()[worst] > allowed[worst]):
+        raise UnsupportedModel(
+            f"edit {which[worst]} ({edits[which[worst]]}): the target's loss over the "
+            f"whole prompt is {float(whole[worst]):.4g}, and from the subject on, with "
+            f"the prefix cached, {float(now[worst]):.4g}; this model's layers hand on "
+            "more than hidden states and attention keys, so its targets cannot be "
+            "optimised"
         )
 
 
-@contextmanager
-def _adding(site: nn.Module, delta: Tensor | None) -> Iterator[list[Tensor]]:
-    """Adds δ [rows, d_value] to the first position of the module's output; yields a
-    list that receives the output as it was."""
-    seen: list[Tensor] = []
+class _Bar:
+    """Edits done, their mean probability, edits per second."""
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        hidden = hidden_of(output)
-        seen.append(hidden.detach())
-        if delta is None:
-            return None
-        moved = hidden[:, :1] + delta.to(hidden.device, hidden.dtype)[:, None]
-        changed = torch.cat([moved, hidden[:, 1:]], dim=1)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+    def __init__(self, bar: Any) -> None:
+        self.bar, self.total = bar, 0.0
 
-    handle = site.register_forward_hook(hook)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    def finished(self, nll: Tensor) -> None:
+        """Counts edits that are done, by their targets' NLL."""
+        if len(nll):
+            self.total += float(torch.exp(-nll).sum())
+            mean = self.total / (self.bar.n + len(nll))
+            self.bar.set_postfix(probability=f"{mean:.3f}", refresh=False)
+            self.bar.update(len(nll))
 
 
 @contextmanager

@@ -1,0 +1,416 @@
+"""What a change at the subject's last token does to what a model says, computed from
+there on only.
+
+δ enters at one position of one module's output. The positions before it never change:
+one pass over the whole prompts leaves their attention keys and values. Nor do the
+blocks below: the same pass leaves what they hand on. So each step runs the blocks above
+over the suffixes, and the head where something is read, all through the model's own
+forward; nothing here knows a family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.keys import hidden_of
+from unified_edit.model.prompts import buckets, pad
+from unified_edit.model.rows import Row, by_width
+
+Site = Literal["mlp_output", "block_output"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """Where logits are read: first what predicts labels, then the KL terms."""
+
+    rows: Tensor
+    """[reads]"""
+    columns: Tensor
+    """[reads], counted in the suffixes"""
+    labels: Tensor
+    """[labels], what the first of the reads predict"""
+    edits: Tensor
+    """[reads], whose they are"""
+    weights: Tensor
+    """[reads], float64: each one's in the mean over its edit's."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Reads:
+        """All that is read of some rows."""
+        places = [
+            (index, row.read + k, label, row.edit, row.weight / len(row.labels))
+            for index, row in enumerate(rows)
+            for k, label in enumerate(row.labels)
+        ]
+        count = len(places)
+        places += [
+            (index, row.read, -1, row.edit, row.weight)
+            for index, row in enumerate(rows)
+            if not row.labels
+        ]
+        rows_at, columns, labels, edits = torch.tensor([each[:4] for each in places]).T
+        weights = torch.tensor([each[4] for each in places], dtype=torch.float64)
+        return cls(rows_at, columns, labels[:count], edits, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Rows of some edits after one pass of the unedited model over the whole of them.
+
+    Prefixes end in one column, as if padded on the left, so that distances are true
+    where attention has a window. They ran padded on the right, where every position
+    attends to something, as some attention kernels need.
+    """
+
+    adapter: ModelAdapter
+    site: Site
+    layer: int
+    rows: tuple[Row, ...]
+    """Edit by edit, the bare prompt first; `edit` counts from the chunk's first."""
+    cache: tuple[tuple[Tensor, Tensor], ...]
+    """For each layer that runs again [rows, heads, prefix, head size], twice; empty if
+    no row has a prefix."""
+    entry: Tensor | None
+    """[rows, width, d_value], what the last block that does not run again hands on."""
+    extras: int | None
+    """How many more things such a block returns in a tuple; None: a bare tensor."""
+    values: Tensor
+    """[edits, d_value] at the site, at the bare prompts' subjects; float32 or wider."""
+    reference: Tensor
+    """[KL rows, vocabulary], log-probabilities, in order of rows."""
+    nll: Tensor
+    """[edits], of the targets, float64."""
+
+    @property
+    def skipped(self) -> int:
+        """How many blocks need not run again."""
+        return _below(self.site, self.layer)
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Rows of like width, ready for a forward pass from the subject on."""
+
+    chunk: Chunk
+    edits: Tensor
+    """[rows], whose they are"""
+    ids: Tensor
+    """[rows, width]"""
+    mask: Tensor
+    """[rows, prefix + width]"""
+    positions: Tensor
+    """[rows, width]"""
+    cache: Cache | None
+    """The prefixes' keys and values; None if no row has a prefix."""
+    entry: Tensor | None
+    """[rows, width, d_value]"""
+    reads: Reads
+    reference: Tensor
+    """[KL reads, vocabulary]"""
+
+    def logits(self, delta: Tensor) -> Tensor:
+        """The model's own logits [reads, vocabulary] with δ [rows, d_value] added at
+        the subjects."""
+        chunk, entry = self.chunk, self.entry
+        adapter = chunk.adapter
+        with ExitStack() as hooks:
+            if chunk.site == "mlp_output":
+                hooks.enter_context(
+                    _adding(adapter.down_projection(chunk.layer), delta)
+                )
+            elif entry is not None:
+                entry = _add(entry, delta)
+            if entry is not None:
+                below = [adapter.block(layer) for layer in range(chunk.skipped)]
+                hooks.enter_context(_returning(below, entry, chunk.extras))
+            hooks.enter_context(_read_at(adapter, self.reads.rows, self.reads.columns))
+            output = adapter.model(
+                input_ids=self.ids,
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+            )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def measure(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Each read's loss [reads], in float32 or wider: the label's NLL, or
+        KL(now ‖ unedited); and whether each label is the most probable token."""
+        return _measure(self.logits(delta), self.reads, self.reference)
+
+
+@torch.no_grad()
+def run_whole(
+    adapter: ModelAdapter, rows: Sequence[Row], site: Site, layer: int
+) -> Chunk:
+    """Runs whole prompts, each once, and keeps what will not change."""
+    skipped = _below(site, layer)
+    width = max(len(row.suffix) for row in rows)
+    prefix = max(len(row.prefix) for row in rows)
+    extras = None
+    order: list[int] = []
+    values, entries, references = [], [], []
+    pairs: list[list[tuple[Tensor, Tensor]]] = []
+    nll = torch.zeros(rows[-1].edit + 1, dtype=torch.float64)
+    for chosen in buckets([len(row.prefix + row.suffix) for row in rows]):
+        order += chosen
+        some = [rows[index] for index in chosen]
+        whole = pad([row.prefix + row.suffix for row in some], adapter.device)
+        cuts = torch.tensor([len(row.prefix) for row in some])
+        reads = Reads.of(some)
+        seen: dict[str, Any] = {}
+        with ExitStack() as hooks:
+            hooks.enter_context(_seeing(_place(adapter, site, layer), seen, "value"))
+            if skipped:
+                hooks.enter_context(_seeing(adapter.block(skipped - 1), seen, "entry"))
+            columns = reads.columns + cuts[reads.rows]
+            hooks.enter_context(_read_at(adapter, reads.rows, columns))
+            output = adapter.model(
+                input_ids=whole.ids,
+                attention_mask=whole.mask,
+                position_ids=whole.positions,
+                past_key_values=DynamicCache() if prefix else None,
+                use_cache=prefix > 0,
+            )
+        logits, count = wide(output.logits[0]), len(reads.labels)
+        references.append(log_softmax(logits[count:], dim=-1))
+        losses, _ = _measure(logits[:count], reads, logits[:0])
+        nll.index_add_(
+            0, reads.edits[:count], losses.double().cpu() * reads.weights[:count]
+        )
+        values.append(wide(_columns(hidden_of(seen["value"]), cuts, 1, dim=1)[:, 0]))
+        if skipped:
+            returned = seen["entry"]
+            extras = len(returned) - 1 if isinstance(returned, tuple) else None
+            entries.append(_columns(hidden_of(returned), cuts, width, dim=1))
+        if prefix:
+            pairs.append(
+                [
+                    (
+                        _columns(kept.keys, cuts - prefix, prefix, dim=2),
+                        _columns(kept.values, cuts - prefix, prefix, dim=2),
+                    )
+                    for kept in output.past_key_values.layers[skipped:]
+                ]
+            )
+    back = torch.tensor(order).argsort()
+    stays = [index for index in order if not rows[index].labels]
+    bare = [i for i, row in enumerate(rows) if not i or rows[i - 1].edit != row.edit]
+    return Chunk(
+        adapter=adapter,
+        site=site,
+        layer=layer,
+        rows=tuple(rows),
+        cache=tuple(
+            (_cat([k for k, _ in each], back), _cat([v for _, v in each], back))
+            for each in zip(*pairs, strict=True)
+        ),
+        entry=_cat(entries, back) if entries else None,
+        extras=extras,
+        values=_cat(values, back[bare]),
+        reference=_cat(references, torch.tensor(stays).argsort()),
+        nll=nll,
+    )
+
+
+def as_buckets(chunk: Chunk, edits: Sequence[int]) -> list[Bucket]:
+    """The rows of some of a chunk's edits, which then count in the order given."""
+    number = {edit: index for index, edit in enumerate(edits)}
+    chosen = [index for index, row in enumerate(chunk.rows) if row.edit in number]
+    kl_rows = [index for index, row in enumerate(chunk.rows) if not row.labels]
+    kl_index = {row: index for index, row in enumerate(kl_rows)}
+    found = []
+    for group in by_width([len(chunk.rows[index].suffix) for index in chosen]):
+        index = [chosen[each] for each in group]
+        rows = [replace(chunk.rows[i], edit=number[chunk.rows[i].edit]) for i in index]
+        suffix = pad([row.suffix for row in rows], chunk.adapter.device)
+        before = torch.tensor([[len(row.prefix)] for row in rows])
+        prefix = int(before.max())
+        mask = torch.arange(prefix) >= prefix - before
+        take = torch.tensor(index)
+        stays = torch.tensor([kl_index[i] for i in index if i in kl_index]).long()
+        entry, width = chunk.entry, suffix.ids.shape[1]
+        found.append(
+            Bucket(
+                chunk=chunk,
+                edits=torch.tensor([row.edit for row in rows]),
+                ids=suffix.ids,
+                mask=torch.cat([mask.to(suffix.mask), suffix.mask], dim=1),
+                positions=suffix.positions + before.to(suffix.positions.device),
+                cache=_cache(chunk, take, prefix),
+                entry=None if entry is None else _take(entry, take)[:, :width],
+                reads=Reads.of(rows),
+                reference=_take(chunk.reference, stays),
+            )
+        )
+    return found
+
+
+def _cache(chunk: Chunk, rows: Tensor, prefix: int) -> Cache | None:
+    """The rows' last `prefix` columns."""
+    if not prefix:
+        return None
+    layers: list[Any] = []
+    # Models ask the first layer for the length, also where it does not run.
+    empty = torch.empty(()).expand(1, 1, prefix, 1)
+    layers += [_Prefix(empty, empty) for _ in range(chunk.skipped)]
+    layers += [
+        _Prefix(_take(k, rows)[:, :, -prefix:], _take(v, rows)[:, :, -prefix:])
+        for k, v in chunk.cache
+    ]
+    return Cache(layers=layers)
+
+
+class _Prefix(DynamicLayer):
+    """A layer's attention keys and values of the prefixes. It never grows, so that one
+    object serves every step."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        return keys, torch.cat([self.values, value_states], dim=-2)
+
+
+def _below(site: Site, layer: int) -> int:
+    return layer + (site == "block_output")
+
+
+def _place(adapter: ModelAdapter, site: Site, layer: int) -> nn.Module:
+    """The module whose output δ is added to."""
+    if site == "mlp_output":
+        return adapter.down_projection(layer)
+    return adapter.block(layer)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _measure(logits: Tensor, reads: Reads, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of labels and KL terms, and whether labels are the most probable."""
+    logits, count = wide(logits), len(reads.labels)
+    labels = reads.labels.to(logits.device)
+    losses = cross_entropy(logits[:count], labels, reduction="none")
+    right = logits[:count].detach().argmax(-1) == labels
+    if len(logits) > count:
+        now = log_softmax(logits[count:], dim=-1)
+        kl = (now.exp() * (now - reference.to(now.device))).sum(-1)
+        losses = torch.cat([losses, kl])
+    return losses, right
+
+
+def _add(hidden: Tensor, delta: Tensor) -> Tensor:
+    """δ [rows, d_value] added to the first position, rounded once."""
+    first = wide(hidden[:, :1]) + delta.to(hidden.device)[:, None]
+    return torch.cat([first.to(hidden.dtype), hidden[:, 1:]], dim=1)
+
+
+def _columns(tensor: Tensor, starts: Tensor, count: int, dim: int) -> Tensor:
+    """Of each row, `count` columns of dimension `dim` from its own start on; columns
+    that do not exist repeat the nearest."""
+    columns = starts[:, None] + torch.arange(count)
+    columns = columns.clamp(0, tensor.shape[dim] - 1).to(tensor.device)
+    shape = [len(columns)] + [1] * (tensor.ndim - 1)
+    shape[dim] = count
+    wanted = list(tensor.shape)
+    wanted[dim] = count
+    return tensor.gather(dim, columns.view(shape).expand(wanted))
+
+
+def _take(tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor.index_select(0, rows.to(tensor.device))
+
+
+def _cat(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+    return _take(torch.cat(list(parts)), rows)
+
+
+@contextmanager
+def _seeing(module: nn.Module, seen: dict[str, Any], name: str) -> Iterator[None]:
+    """Keeps what a module returns."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen[name] = output
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _adding(module: nn.Module, delta: Tensor) -> Iterator[None]:
+    """Adds δ to the first position of what a module returns."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        changed = _add(hidden_of(output), delta)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _returning(
+    blocks: Sequence[nn.Module], hidden: Tensor, extras: int | None
+) -> Iterator[None]:
+    """Blocks return `hidden` instead of running."""
+    # What else they return is by-products, attention weights for one: a model that
+    # needed them would fail on None, not go astray.
+    output = hidden if extras is None else (hidden, *[None] * extras)
+
+    def forward(*_: Any, **__: Any) -> Any:
+        return output
+
+    # An instance may have a forward of its own already, as accelerate's hooks set.
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = forward
+        yield
+    finally:
+        for block, before in zip(blocks, own, strict=True):
+            if before is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = before
+
+
+@contextmanager
+def _read_at(adapter: ModelAdapter, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """The head sees [1, reads, d] instead of all positions: a vocabulary is wide."""
+
+    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0]
+        index = (rows.to(hidden.device), columns.to(hidden.device))
+        return (hidden[index][None], *inputs[1:])
+
+    head: nn.Module = adapter.model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
