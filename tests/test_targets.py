@@ -142,16 +142,17 @@ def test_without_kl_and_from_the_first_token_on(
 
 
 def test_other_layers(tiny64: Tiny) -> None:
-    for layer in (0, 2):
+    # From the last layer δ reaches a target only where the subject ends the prompt.
+    for layer, edits in ((0, EDITS[:2]), (2, EDITS[2:3])):
         found = optimize_targets(
             tiny64.adapter,
             tiny64.tokenizer,
-            EDITS[:2],
+            edits,
             CONTEXTS,
             layer,
             SETTINGS["block_output"],
         )
-        for index, edit in enumerate(EDITS[:2]):
+        for index, edit in enumerate(edits):
             plain = plain_targets(tiny64, edit, SETTINGS["block_output"], layer=layer)
             assert_equal_plain(found, index, plain, 1e-8)
 

@@ -198,13 +198,16 @@ def pad(
     rows: Sequence[Sequence[int]], device: torch.device, *, left: bool = False
 ) -> PaddedRows:
     """Pads on the right, or on the left; independent of any tokenizer's settings."""
-    width = max(map(len, rows), default=0)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        span = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[index, span] = torch.tensor(row, dtype=torch.long)
-        mask[index, span] = 1
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)[:, None]
+    width = int(lengths.max()) if len(rows) else 0
+    gaps = [[0] * (width - len(row)) for row in rows]
+    padded = [
+        [*gap, *row] if left else [*row, *gap]
+        for row, gap in zip(rows, gaps, strict=True)
+    ]
+    ids = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
+    column = torch.arange(width)
+    mask = (column >= width - lengths if left else column < lengths).long()
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     return PaddedRows(ids.to(device), mask.to(device), positions.to(device))
 
@@ -212,14 +215,24 @@ def pad(
 def buckets(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Indices in batches of like length, each within the budget of tokens."""
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    chosen: list[int] = []
-    for index in order:
-        if chosen and (len(chosen) + 1) * lengths[index] > TOKENS_PER_FORWARD:
+    return within([order], lengths)
+
+
+def within(
+    groups: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> Iterator[list[int]]:
+    """Groups of indices cut where padded tokens would exceed the budget."""
+    for group in groups:
+        chosen: list[int] = []
+        longest = 0
+        for index in group:
+            longest = max(longest, lengths[index])
+            if chosen and (len(chosen) + 1) * longest > TOKENS_PER_FORWARD:
+                yield chosen
+                chosen, longest = [], lengths[index]
+            chosen.append(index)
+        if chosen:
             yield chosen
-            chosen = []
-        chosen.append(index)
-    if chosen:
-        yield chosen
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from unified_edit.model.prompts import (
     subject_prompts,
 )
 
-FORWARD_COST = 96
-"""What one more forward and backward pass costs, in tokens: rows of unlike length
-share one where padding them costs less."""
+FORWARD_COST = {"cpu": 32, "cuda": 384}
+"""What one more forward and backward pass costs on a device, in tokens: rows of unlike
+length share one where padding them costs less."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,34 @@ def chunks_of(rows: Sequence[Sequence[Row]], budget: int) -> list[range]:
     return chunks
 
 
-def by_width(widths: Sequence[int]) -> list[list[int]]:
+def heads_of(rows: Sequence[Row]) -> list[tuple[int, ...]]:
+    """What all edits' rows in a context begin with, before their subjects, for each
+    context and KL prompt: it need run only once. Row i is in context i modulo their
+    number."""
+    edits = rows[-1].edit + 1
+    contexts = len(rows) // edits
+    if edits == 1:
+        return [()] * contexts
+    heads = []
+    for context in range(contexts):
+        prefixes = [row.prefix for row in rows[context::contexts]]
+        # What the least and the greatest share, all share.
+        first, last = min(prefixes), max(prefixes)
+        pairs = enumerate(zip(first, last, strict=False))
+        heads.append(first[: next((i for i, (a, b) in pairs if a != b), len(first))])
+    return heads
+
+
+def by_width(widths: Sequence[int], device: str) -> list[list[int]]:
     """Indices in groups of like width, so that padded tokens plus `FORWARD_COST` for
     each group are fewest; groups by width ascending, order kept within."""
+    cost = FORWARD_COST.get(device, FORWARD_COST["cuda"])
     distinct = sorted(set(widths))
     counts = [widths.count(width) for width in distinct]
     best, begins = [0], []
     for stop in range(1, len(distinct) + 1):
         costs = [
-            best[start] + sum(counts[start:stop]) * distinct[stop - 1] + FORWARD_COST
+            best[start] + sum(counts[start:stop]) * distinct[stop - 1] + cost
             for start in range(stop)
         ]
         begins.append(costs.index(min(costs)))

@@ -23,8 +23,8 @@ from transformers.cache_utils import DynamicLayer
 
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.keys import hidden_of
-from unified_edit.model.prompts import buckets, pad
-from unified_edit.model.rows import Row, by_width
+from unified_edit.model.prompts import pad, within
+from unified_edit.model.rows import Row, by_width, heads_of
 
 Site = Literal["mlp_output", "block_output"]
 
@@ -158,16 +158,24 @@ def run_whole(
     skipped = _below(site, layer)
     width = max(len(row.suffix) for row in rows)
     prefix = max(len(row.prefix) for row in rows)
+    heads = heads_of(rows)
+    begun = _run_heads(adapter, heads)
     extras = None
     order: list[int] = []
     values, entries, references = [], [], []
     pairs: list[list[tuple[Tensor, Tensor]]] = []
     nll = torch.zeros(rows[-1].edit + 1, dtype=torch.float64)
-    for chosen in buckets([len(row.prefix + row.suffix) for row in rows]):
+    which = [index % len(heads) for index in range(len(rows))]
+    rests = [row.prefix[len(heads[w]) :] for row, w in zip(rows, which, strict=True)]
+    lengths = [len(rest + row.suffix) for rest, row in zip(rests, rows, strict=True)]
+    for chosen in within(by_width(lengths, adapter.device.type), lengths):
         order += chosen
         some = [rows[index] for index in chosen]
-        whole = pad([row.prefix + row.suffix for row in some], adapter.device)
-        cuts = torch.tensor([len(row.prefix) for row in some])
+        whole = pad([rests[i] + rows[i].suffix for i in chosen], adapter.device)
+        head = torch.tensor([which[index] for index in chosen])
+        sizes = torch.tensor([[len(heads[which[index]])] for index in chosen])
+        cache, mask = _following(begun, head, sizes, prefix > 0)
+        cuts = torch.tensor([len(rests[index]) for index in chosen])
         reads = Reads.of(some)
         seen: dict[str, Any] = {}
         with ExitStack() as hooks:
@@ -178,10 +186,10 @@ def run_whole(
             hooks.enter_context(_read_at(adapter, reads.rows, columns))
             output = adapter.model(
                 input_ids=whole.ids,
-                attention_mask=whole.mask,
-                position_ids=whole.positions,
-                past_key_values=DynamicCache() if prefix else None,
-                use_cache=prefix > 0,
+                attention_mask=torch.cat([mask.to(whole.mask), whole.mask], dim=1),
+                position_ids=whole.positions + sizes.to(whole.positions.device),
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
         logits, count = wide(output.logits[0]), len(reads.labels)
         references.append(log_softmax(logits[count:], dim=-1))
@@ -194,14 +202,15 @@ def run_whole(
             returned = seen["entry"]
             extras = len(returned) - 1 if isinstance(returned, tuple) else None
             entries.append(_columns(hidden_of(returned), cuts, width, dim=1))
-        if prefix:
+        if cache is not None:
+            starts = mask.shape[1] + cuts - prefix
             pairs.append(
                 [
                     (
-                        _columns(kept.keys, cuts - prefix, prefix, dim=2),
-                        _columns(kept.values, cuts - prefix, prefix, dim=2),
+                        _columns(kept.keys, starts, prefix, dim=2),
+                        _columns(kept.values, starts, prefix, dim=2),
                     )
-                    for kept in output.past_key_values.layers[skipped:]
+                    for kept in cache.layers[skipped:]
                 ]
             )
     back = torch.tensor(order).argsort()
@@ -224,6 +233,45 @@ def run_whole(
     )
 
 
+def _run_heads(
+    adapter: ModelAdapter, heads: Sequence[tuple[int, ...]]
+) -> list[tuple[Tensor, Tensor]]:
+    """For each layer, attention keys and values of the heads, padded on the right."""
+    if not any(heads):
+        return []
+    batch = pad(heads, adapter.device)
+    visible = batch.mask.clone()
+    visible[:, 0] = 1  # where a head is empty
+    output = adapter.model(
+        input_ids=batch.ids,
+        attention_mask=visible,
+        position_ids=batch.positions,
+        past_key_values=DynamicCache(),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return [(kept.keys, kept.values) for kept in output.past_key_values.layers]
+
+
+def _following(
+    begun: Sequence[tuple[Tensor, Tensor]], head: Tensor, sizes: Tensor, wanted: bool
+) -> tuple[Cache | None, Tensor]:
+    """The cache in which rows follow their heads, moved to the right, to stand before
+    what follows; and its mask [rows, columns]."""
+    longest = int(sizes.max())
+    mask = torch.arange(longest) >= longest - sizes
+    if not wanted:
+        return None, mask
+    cache = DynamicCache()
+    for index, pair in enumerate(begun if longest else ()):
+        keys, values = (
+            _columns(_take(each, head), sizes[:, 0] - longest, longest, dim=2)
+            for each in pair
+        )
+        cache.update(keys, values, index)
+    return cache, mask
+
+
 def as_buckets(chunk: Chunk, edits: Sequence[int]) -> list[Bucket]:
     """The rows of some of a chunk's edits, which then count in the order given."""
     number = {edit: index for index, edit in enumerate(edits)}
@@ -231,7 +279,8 @@ def as_buckets(chunk: Chunk, edits: Sequence[int]) -> list[Bucket]:
     kl_rows = [index for index, row in enumerate(chunk.rows) if not row.labels]
     kl_index = {row: index for index, row in enumerate(kl_rows)}
     found = []
-    for group in by_width([len(chunk.rows[index].suffix) for index in chosen]):
+    widths = [len(chunk.rows[index].suffix) for index in chosen]
+    for group in by_width(widths, chunk.adapter.device.type):
         index = [chosen[each] for each in group]
         rows = [replace(chunk.rows[i], edit=number[chunk.rows[i].edit]) for i in index]
         suffix = pad([row.suffix for row in rows], chunk.adapter.device)
