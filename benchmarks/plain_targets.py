@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from unified_edit.edits import Edit
+from unified_edit.model.descent import TargetSettings
 from unified_edit.model.prompts import Contexts
-from unified_edit.model.targets import TargetSettings
 
 
 @dataclass(frozen=True)

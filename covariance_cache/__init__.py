@@ -15,12 +15,18 @@ from covariance_cache.errors import (
     StatisticsError,
     StatisticsMismatch,
 )
-from covariance_cache.fingerprint import model_fingerprint, tokenizer_fingerprint
+from covariance_cache.fingerprint import (
+    exact_fingerprint,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
 from covariance_cache.modules import KEY_MODULES
+from covariance_cache.ranks import ALONE, Ranks, joined
 from covariance_cache.statistics import KeyStatistics, Provenance
 from covariance_cache.store import StatisticsStore
 
 __all__ = [
+    "ALONE",
     "CaptureError",
     "CorpusError",
     "CorpusExhausted",
@@ -28,6 +34,7 @@ __all__ = [
     "KeyStatistics",
     "NonFiniteActivations",
     "Provenance",
+    "Ranks",
     "SecondMomentAccumulator",
     "StatisticsError",
     "StatisticsMismatch",
@@ -35,6 +42,8 @@ __all__ = [
     "capture_inputs",
     "captured_inputs",
     "collect",
+    "exact_fingerprint",
+    "joined",
     "model_fingerprint",
     "tokenizer_fingerprint",
 ]

@@ -6,6 +6,7 @@ live model and for its checkpoint's files (names and prefixes, tied copies and b
 do not matter), the same whether stored as float16 or loaded as float32, costs
 milliseconds, and changes with any update of a weight. It is a sample: a change of a few
 single values can escape it. It guards against mistakes, not against forgery.
+`exact_fingerprint` reads everything.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -59,6 +61,32 @@ def model_fingerprint(model: nn.Module) -> str:
         for tensor in model.state_dict().values()
         if tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel()
     )
+
+
+def exact_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over a model's config and every byte of its weights and buffers, with
+    their names: two models that share it compute the same. Reads all of them, a few
+    seconds for billions; `model_fingerprint` samples."""
+    config: Any = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    attention = getattr(config, "_attn_implementation", None)
+    tensors = model.state_dict()
+    # hashlib lets go of the interpreter's lock.
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_bytes_digest, tensors.values())
+        entries = [
+            [name, str(tensor.dtype), list(tensor.shape), digest]
+            for (name, tensor), digest in zip(tensors.items(), digests, strict=True)
+        ]
+    text = json.dumps([settings, attention, entries], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _bytes_digest(tensor: Tensor) -> str:
+    array = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(array.data).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -31,7 +31,7 @@ MODEL = ("unified_edit.model", "unified_edit.model.*")
 CHECKPOINT = ("unified_edit.checkpoint", "unified_edit.checkpoint.*")
 ASSEMBLY = tuple(
     f"unified_edit.{name}"
-    for name in ("presets", "recipes", "live", "report", "engine")
+    for name in ("presets", "recipes", "live", "report", "engine", "target_cache")
 )
 UPDATE = "unified_edit.algebra.update"
 
@@ -48,7 +48,9 @@ ROWS = {
             *MODEL,
             UPDATE,
             "covariance_cache.capture",
+            "covariance_cache.fingerprint",
             "covariance_cache.modules",
+            "covariance_cache.ranks",
         ),
         frozenset({"torch", "transformers", "tqdm"}),
     ),
@@ -88,6 +90,7 @@ ROWS = {
 EXTRA = {
     "unified_edit.algebra.linalg": {"scipy"},
     "unified_edit.algebra.update": {"safetensors"},
+    "unified_edit.target_cache": {"safetensors"},
     "covariance_cache.__main__": {"typer", "rich", "transformers"},
 }
 """What single modules may import beyond their row."""

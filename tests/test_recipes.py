@@ -19,8 +19,8 @@ from unified_edit.algebra.objective import (
     SecondMoment,
 )
 from unified_edit.errors import RecipeError
+from unified_edit.model.descent import TargetSettings
 from unified_edit.model.prompts import ContextSettings
-from unified_edit.model.targets import TargetSettings
 from unified_edit.presets import PRESETS
 from unified_edit.recipes import RECIPES, Recipe, matching_preset, recipe
 

@@ -27,8 +27,9 @@ from plain_targets import PlainRow, PlainTarget, plain_rows, plain_target
 from unified_edit.edits import Edit
 from unified_edit.errors import NonFiniteError, PromptError, RecipeError
 from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.descent import Targets, TargetSettings
 from unified_edit.model.prompts import Contexts
-from unified_edit.model.targets import Targets, TargetSettings, optimize_targets
+from unified_edit.model.targets import optimize_targets
 
 LAYER = 1
 SETTINGS = {

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
         evaluate_counterfact,
     )
     from unified_edit.live import Applied, applied, apply
+    from unified_edit.model.descent import Targets, TargetSettings
     from unified_edit.model.prompts import Contexts, ContextSettings
-    from unified_edit.model.targets import Targets, TargetSettings
     from unified_edit.recipes import (
         Recipe,
         alphaedit,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         rome_original,
     )
     from unified_edit.report import EditReport
+    from unified_edit.target_cache import TargetCache
 
 _HOMES = {
     "algebra.objective": (
@@ -57,10 +58,11 @@ _HOMES = {
     "engine": "EditResult Prepared edit prepare",
     "evaluate.counterfact": "CounterFactScores evaluate_counterfact",
     "live": "Applied applied apply",
+    "model.descent": "TargetSettings Targets",
     "model.prompts": "ContextSettings Contexts",
-    "model.targets": "TargetSettings Targets",
     "recipes": ("Recipe alphaedit emmet memit p_rome r_rome recipe rome rome_original"),
     "report": "EditReport",
+    "target_cache": "TargetCache",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -86,6 +88,7 @@ __all__ = [
     "SecondMoment",
     "Slack",
     "Solution",
+    "TargetCache",
     "TargetSettings",
     "Targets",
     "UpdateSet",

@@ -69,9 +69,18 @@ def edit(
         typer.Option("--set", help="A setting as key=value; may be repeated."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the contexts.", min=0)] = 0,
+    target_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps optimised targets for the next time."),
+    ] = None,
     token_budget: Annotated[
-        int, typer.Option(help="Tokens in a forward pass of the optimisation.", min=1)
-    ] = 16384,
+        int | None,
+        typer.Option(
+            help="Tokens whose activations are held while optimising targets; by "
+            "default what half of the free memory holds.",
+            min=1,
+        ),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     limit: Limit = None,
@@ -81,8 +90,11 @@ def edit(
     """Compute the update that makes a model say the edits' targets, as one file.
 
     The model's folder stays as it is: `patch` writes an update into a checkpoint.
+    Under `torchrun` the processes share the targets, which take most of the time.
     """
-    with one_line_errors():
+    from covariance_cache.ranks import joined
+
+    with one_line_errors(), joined() as ranks:
         check_new(out, force)
         from covariance_cache import StatisticsStore
         from unified_edit.edits import check_edits, read_edits
@@ -90,6 +102,7 @@ def edit(
         from unified_edit.loading import Source
         from unified_edit.model.adapter import ModelAdapter
         from unified_edit.options import read_recipe
+        from unified_edit.target_cache import TargetCache
 
         chosen_edits = read_edits(edits)[:limit]
         check_edits(chosen_edits)
@@ -99,7 +112,7 @@ def edit(
         )
         store = StatisticsStore(statistics)
         store.layers()  # refuses a missing folder before the model is loaded
-        loaded, tokenizer = source.load(dtype, device)
+        loaded, tokenizer = source.load(dtype, ranks.device(device))
         # Before the statistics: theirs would be the error of a wrong layer or a NaN.
         adapter = ModelAdapter.of(loaded)
         adapter.check_layers(chosen.layers)
@@ -112,8 +125,12 @@ def edit(
             store.load(loaded, chosen.layers, tokenizer),
             seed=seed,
             token_budget=token_budget,
-            progress=True,
+            target_cache=None if target_cache is None else TargetCache(target_cache),
+            ranks=ranks,
+            progress=ranks.first,
         )
+        if not ranks.first:
+            return
         result.update.save(out)
         answer = {
             "update": str(out),

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from covariance_cache import KeyStatistics
 from covariance_cache.capture import evaluating
 from covariance_cache.fingerprint import model_fingerprint
+from covariance_cache.ranks import ALONE, Ranks
 from covariance_cache.statistics import library_version
 from unified_edit.algebra.certificate import Certificate
 from unified_edit.algebra.factorization import Factorization, factorize
@@ -29,10 +30,11 @@ from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress, a
 from unified_edit.edits import Edit, check_edits
 from unified_edit.errors import IllConditioned, RecipeError
 from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.descent import Targets
 from unified_edit.model.keys import hidden_at_subjects, keys_at_subjects
 from unified_edit.model.prompts import Contexts, generate_contexts
 from unified_edit.model.scoring import score
-from unified_edit.model.targets import Targets, optimize_targets
+from unified_edit.model.targets import TargetStore, optimize_targets
 from unified_edit.recipes import Recipe
 from unified_edit.report import EditOutcome, EditReport, notes_on
 
@@ -88,7 +90,9 @@ def edit(
     seed: int = 0,
     targets: Targets | None = None,
     prepared: Prepared | None = None,
-    token_budget: int = 16384,
+    token_budget: int | None = None,
+    target_cache: TargetStore | None = None,
+    ranks: Ranks = ALONE,
     progress: bool = False,
 ) -> EditResult:
     """Computes the update that makes a model say the edits' targets. The model itself
@@ -99,7 +103,11 @@ def edit(
         contexts: prefixes to use; None generates them from `seed`.
         targets: values already optimised for these edits, contexts and settings.
         prepared: what `prepare` made for this recipe and these statistics.
-        token_budget: tokens one forward may hold while optimising targets.
+        token_budget: suffix tokens whose activations may be held while optimising
+            targets; None chooses from free memory.
+        target_cache: a `TargetCache`; target values found there are not optimised.
+        ranks: processes that share the targets, each with the same model and
+            arguments (`covariance_cache.ranks.joined`); all return the result.
         progress: show progress bars.
 
     Raises:
@@ -122,7 +130,14 @@ def edit(
     with evaluating(model):
         with _timed(seconds, "contexts"):
             if contexts is None:
-                contexts = generate_contexts(adapter, tokenizer, recipe.contexts, seed)
+                # One process samples: another machine's rounding could say otherwise.
+                mine = (
+                    generate_contexts(adapter, tokenizer, recipe.contexts, seed)
+                    if ranks.first
+                    else None
+                )
+                contexts = ranks.gather(mine)[0]
+                assert contexts is not None
         prompts, wanted = [e.text for e in edits], [e.target for e in edits]
         before = score(adapter, tokenizer, prompts, wanted)
         with _timed(seconds, "targets"):
@@ -135,6 +150,8 @@ def edit(
                     recipe.layers[-1],
                     recipe.targets,
                     token_budget=token_budget,
+                    cache=target_cache,
+                    ranks=ranks,
                     progress=progress,
                 )
         if len(targets.values) != len(edits):
@@ -228,7 +245,7 @@ def _edit_layer(
         residuals=residuals,
         weight=adapter.matrix(layer).to(torch.float64),
         factorization=factorization,
-        names=[f"{e.text!r} → {e.target!r}" for e in edits],
+        names=[f"{e.text} → {e.target}" for e in edits],
     )
     # float32 factors: half the bytes, and far below any weight's own rounding.
     update = solution.update.to(torch.float32)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from covariance_cache.__main__ import parse_layers
 from unified_edit.errors import RecipeError
-from unified_edit.model.targets import TargetSettings
+from unified_edit.model.descent import TargetSettings
 from unified_edit.recipes import Recipe, matching_preset, recipe
 
 NO_PRESET = "none"

@@ -24,9 +24,9 @@ from unified_edit.algebra.objective import (
     SecondMoment,
 )
 from unified_edit.errors import RecipeError
+from unified_edit.model.descent import TargetSettings
 from unified_edit.model.keys import KeyAverage
 from unified_edit.model.prompts import ContextSettings
-from unified_edit.model.targets import TargetSettings
 from unified_edit.presets import MEMIT_CONTEXTS, PRESETS, ROME_CONTEXTS, Origin
 
 

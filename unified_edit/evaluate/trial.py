@@ -17,8 +17,9 @@ from unified_edit.evaluate.counterfact import CounterFactScores, evaluate_counte
 from unified_edit.evaluate.world import World
 from unified_edit.live import applied
 from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.descent import Targets
 from unified_edit.model.prompts import Contexts, generate_contexts
-from unified_edit.model.targets import Targets, optimize_targets
+from unified_edit.model.targets import optimize_targets
 from unified_edit.recipes import Recipe
 
 UNRELATED = 100

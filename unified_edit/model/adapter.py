@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from unified_edit.algebra.update import WeightAddress
 from unified_edit.errors import NonFiniteError, RecipeError, UnsupportedModel
 from unified_edit.model.architectures import ARCHITECTURES, Architecture
+
+Site = Literal["mlp_output", "block_output"]
 
 _STORAGE: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1D": Conv1D}
 
@@ -111,6 +113,17 @@ class ModelAdapter:
     def down_projection(self, layer: int) -> nn.Module:
         """The module that holds the edited weight."""
         return self.model.get_submodule(self.key_module(layer))
+
+    def site(self, kind: Site, layer: int) -> nn.Module:
+        """The module whose output a target value is."""
+        return (self.down_projection if kind == "mlp_output" else self.block)(layer)
+
+    @property
+    def head(self) -> nn.Module:
+        """The language-model head."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        assert isinstance(head, nn.Module)
+        return head
 
     def key_module(self, layer: int) -> str:
         """Name of the module whose input is the key."""

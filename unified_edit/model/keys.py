@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from covariance_cache.capture import capture_inputs
 from unified_edit.edits import Edit
 from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.hooks import stopping_at
 from unified_edit.model.prompts import (
     Contexts,
     PaddedRows,
@@ -26,35 +26,6 @@ from unified_edit.model.prompts import (
 KeyAverage = Literal["flat", "half", "clean"]
 """How keys are averaged over contexts: all alike; half the bare prompt's and half the
 mean of the others; or the bare prompt's alone."""
-
-
-class _Reached(Exception):
-    """Unwinds the forward pass once the wanted output is there."""
-
-
-def hidden_of(output: Any) -> Tensor:
-    """A block's hidden states: blocks return a tensor, or a tuple that begins with
-    it, depending on the version of transformers."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, Tensor)
-    return hidden
-
-
-@contextmanager
-def _output_of(module: nn.Module, handler: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hands the module's output to `handler` and ends the body there."""
-
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        handler(hidden_of(output))
-        raise _Reached
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
 
 
 def context_weights(average: KeyAverage, count: int) -> Tensor:
@@ -106,7 +77,7 @@ def hidden_at_subjects(
     return _at_subjects(
         adapter,
         rows,
-        lambda keep: _output_of(block, lambda hidden: keep("", hidden)),
+        lambda keep: stopping_at(block, lambda hidden: keep("", hidden)),
     ).double()
 
 

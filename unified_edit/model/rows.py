@@ -15,10 +15,6 @@ from unified_edit.model.prompts import (
     subject_prompts,
 )
 
-FORWARD_COST = {"cpu": 32, "cuda": 384}
-"""What one more forward and backward pass costs on a device, in tokens: rows of unlike
-length share one where padding them costs less."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -106,10 +102,9 @@ def heads_of(rows: Sequence[Row]) -> list[tuple[int, ...]]:
     return heads
 
 
-def by_width(widths: Sequence[int], device: str) -> list[list[int]]:
-    """Indices in groups of like width, so that padded tokens plus `FORWARD_COST` for
-    each group are fewest; groups by width ascending, order kept within."""
-    cost = FORWARD_COST.get(device, FORWARD_COST["cuda"])
+def by_width(widths: Sequence[int], cost: int) -> list[list[int]]:
+    """Indices in groups of like width, so that padded tokens plus `cost` for each
+    group are fewest; groups by width ascending, order kept within."""
     distinct = sorted(set(widths))
     counts = [widths.count(width) for width in distinct]
     best, begins = [0], []

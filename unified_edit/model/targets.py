@@ -11,92 +11,43 @@ the loss as the published code has it.
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, astuple, replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from covariance_cache.capture import evaluating
-from unified_edit.edits import SLOT, Edit
-from unified_edit.errors import NonFiniteError, RecipeError, UnsupportedModel
+from covariance_cache.fingerprint import exact_fingerprint
+from covariance_cache.ranks import ALONE, Ranks
+from unified_edit.edits import Edit
+from unified_edit.errors import (
+    UnifiedEditError,
+)
 from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.descent import Bar, Targets, TargetSettings, descend
+from unified_edit.model.memory import affordable_tokens
 from unified_edit.model.prompts import Contexts, check_rows
 from unified_edit.model.rows import Row, chunks_of, make_rows
-from unified_edit.model.suffixes import Bucket, Site, as_buckets, run_whole
+from unified_edit.model.suffixes import Chunk, run_whole
+
+_FORMAT = "unified_edit/targets/1"
+"""To be raised when the loop changes, so that what it found before is not taken."""
 
 
-@dataclass(frozen=True)
-class TargetSettings:
-    """How target values are optimised."""
+class TargetStore(Protocol):
+    """Keeps targets of single edits by key; `unified_edit.target_cache` has one."""
 
-    site: Site
-    """Where δ is added: the edited MLP's output, or its block's."""
-    steps: int = 25
-    """Evaluations of the loss; at most `steps - 1` updates of δ."""
-    learning_rate: float = 0.5
-    """Adam's."""
-    clamp: float = 0.75
-    """Largest ‖δ‖ over the norm of the value it is added to."""
-    weight_decay: float = 0.5
-    """Weight of ‖δ‖ / ‖value‖² in the loss."""
-    kl_factor: float = 0.0625
-    """Weight of the KL divergence from the unedited model on `kl_prompts`."""
-    kl_prompts: tuple[str, ...] = ("{} is a",)
-    """What shall stay as it was, with `{}` for the subject."""
-    kl_position: Literal["subject", "end"] = "subject"
-    """Where the KL term reads the next token's distribution: at the subject's last
-    token, as published code does, or at the prompt's end."""
-    loss_threshold: float = 0.05
-    """An edit is done when its loss is below."""
-    most_probable_stop: int | None = None
-    """An edit is done, too, at this many evaluations in which every token of its target
-    was the most probable one in every context: ENCORE's most-probable early
-    stopping. None: no such rule."""
+    def get(self, key: str) -> Targets | None:
+        """The targets of one edit, n = 1, or None."""
 
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("site", get_args(Site)),
-            ("kl_position", ("subject", "end")),
-        ):
-            if getattr(self, name) not in choices:
-                raise RecipeError(
-                    f"{name} must be one of {choices}, not {getattr(self, name)!r}"
-                )
-        # Written so that NaN is refused as well.
-        if not (self.steps >= 1 and self.learning_rate > 0 and self.clamp > 0):
-            raise RecipeError("steps, learning_rate and clamp must be positive")
-        if not (self.weight_decay >= 0 and self.kl_factor >= 0):
-            raise RecipeError("weight_decay and kl_factor must not be negative")
-        if self.most_probable_stop is not None and self.most_probable_stop < 1:
-            raise RecipeError("most_probable_stop must be at least 1, or None")
-        if any(prompt.count(SLOT) != 1 for prompt in self.kl_prompts):
-            raise RecipeError("each of kl_prompts must have one slot {}")
-
-
-@dataclass(frozen=True, eq=False)
-class Targets:
-    """Optimised target values of a batch of edits, and how far each came."""
-
-    values: Tensor
-    """[n, d_value]: the value at the site plus δ; float32, or float64 as the model."""
-    initial: Tensor
-    """[n, d_value]: the value at the site, bare prompt, unedited model."""
-    probability: Tensor
-    """[n]: geometric mean over contexts and tokens of the target's probability."""
-    initial_probability: Tensor
-    """[n]: the same before the edit."""
-    steps: Tensor
-    """[n]: evaluations of the loss until the edit was done."""
-
-    def select(self, *indices: int) -> Targets:
-        """The targets of some of the edits."""
-        names = self.__dataclass_fields__
-        return Targets(*(getattr(self, name)[list(indices)] for name in names))
+    def put(self, key: str, targets: Targets) -> None:
+        """Keeps the targets of one edit."""
 
 
 def optimize_targets(
@@ -108,6 +59,8 @@ def optimize_targets(
     settings: TargetSettings,
     *,
     token_budget: int | None = None,
+    cache: TargetStore | None = None,
+    ranks: Ranks = ALONE,
     progress: bool = False,
 ) -> Targets:
     """Optimises δ for every edit at once; edits do not influence each other.
@@ -116,6 +69,10 @@ def optimize_targets(
         layer: whose output δ is added to, at the subject's last token.
         token_budget: suffix tokens whose activations may be held at once; None
             chooses from the free memory of each device.
+        cache: targets found there are not optimised; the others are put there.
+        ranks: processes that share the edits, each with the same model and arguments;
+            all return all targets. For one token budget the same as one process's,
+            bit for bit.
 
     Raises:
         PromptError: subject not found, prompt too long.
@@ -130,173 +87,114 @@ def optimize_targets(
         settings.kl_position,
     )
     check_rows(adapter, [row.prefix + row.suffix for each in rows for row in each])
-    with _frozen(adapter.model):
-        if token_budget is None:
-            token_budget = 16384
-        with tqdm(
-            total=len(edits), desc="targets", unit="edit", disable=not progress
-        ) as shown:
-            bar = _Bar(shown)
-            found = [
-                _optimize(adapter, rows, edits, chunk, layer, settings, bar)
-                for chunk in chunks_of(rows, token_budget)
-            ]
-    return Targets(
-        *(
-            torch.cat([getattr(part, name) for part in found])
-            for name in Targets.__dataclass_fields__
+    found: list[Targets | None] = [None] * len(edits)
+    if cache is not None:
+        keys = _keys(adapter, rows, layer, settings)
+        # One process reads, so that all have the same to do.
+        found = ranks.gather([cache.get(k) for k in keys] if ranks.first else None)[0]
+    missing = [index for index, each in enumerate(found) if each is None]
+    if missing:
+        with _frozen(adapter.model):
+            fresh = _optimize_all(
+                adapter,
+                rows,
+                edits,
+                missing,
+                layer,
+                settings,
+                token_budget,
+                ranks,
+                progress,
+            )
+        for place, index in enumerate(missing):
+            found[index] = each = fresh.select(place)
+            if cache is not None and ranks.first:
+                cache.put(keys[index], each)
+    return _joined([each for each in found if each is not None])
+
+
+def _keys(
+    adapter: ModelAdapter,
+    rows: Sequence[Sequence[Row]],
+    layer: int,
+    settings: TargetSettings,
+) -> list[str]:
+    """A digest of all that an edit's targets depend on."""
+    common = json.dumps(
+        [_FORMAT, exact_fingerprint(adapter.model), layer, asdict(settings)],
+        sort_keys=True,
+    )
+    keys = []
+    for each in rows:
+        content = [astuple(replace(row, edit=0)) for row in each]
+        keys.append(
+            hashlib.sha256(f"{common}{json.dumps(content)}".encode()).hexdigest()
         )
+    return keys
+
+
+def _joined(parts: Sequence[Targets]) -> Targets:
+    names = Targets.__dataclass_fields__
+    return Targets(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in names)
     )
 
 
-def _optimize(
+def _optimize_all(
     adapter: ModelAdapter,
     rows: Sequence[Sequence[Row]],
     edits: Sequence[Edit],
-    which: range,
+    which: Sequence[int],
     layer: int,
     settings: TargetSettings,
-    bar: _Bar,
+    token_budget: int | None,
+    ranks: Ranks,
+    progress: bool,
 ) -> Targets:
-    """The loop over one chunk of edits."""
-    numbered = [replace(row, edit=n) for n, i in enumerate(which) for row in rows[i]]
-    chunk = run_whole(adapter, numbered, settings.site, layer)
-    initial, nll, reached = chunk.values, chunk.nll, torch.zeros(len(which))
-    norm = initial.norm(dim=1)
-    delta = torch.zeros_like(initial, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
-    steps = torch.zeros(len(which), dtype=torch.long)
-    active, buckets = torch.arange(len(which)), as_buckets(chunk, range(len(which)))
-    for step in range(1, settings.steps + 1):
-        # A leaf for each row: the graph ends there, and rows are summed in order.
-        leaves = [
-            delta.detach()[active[bucket.edits].to(delta.device)].requires_grad_()
-            for bucket in buckets
-        ]
-        measured = [b.measure(leaf) for b, leaf in zip(buckets, leaves, strict=True)]
-        now, kl, wrong = _by_edit(buckets, measured, len(active))
-        decay = settings.weight_decay * delta.norm(dim=1) / norm.square()
-        loss = now + settings.kl_factor * kl + decay.detach().cpu()[active]
-        _check_finite(adapter, loss, edits, [which[i] for i in active.tolist()])
-        if step == 1:
-            _check_same(adapter, now, nll, edits, which)
-            initial_nll = now
-        nll = nll.index_copy(0, active, now)
-        steps[active] = step
-        reached[active] += wrong == 0
-        done = loss < settings.loss_threshold
-        if settings.most_probable_stop is not None:
-            done |= reached[active] >= settings.most_probable_stop
-        if step == settings.steps:
-            done[:] = True
-        bar.finished(now[done])
-        if bool(done.all()):
-            break
-        gradient = _gradient(buckets, measured, leaves, ~done, settings.kl_factor)
-        (delta.grad,) = torch.autograd.grad(decay.sum(), delta)
-        moving = active.to(delta.device)
-        delta.grad[moving] += gradient
-        before = delta.detach().clone()
-        optimizer.step()
-        if bool(done.any()):
-            # Finished edits leave the batch: their δ stays, their rows go.
-            active = active[~done]
-            buckets = as_buckets(chunk, active.tolist())
-            moving = active.to(delta.device)
-        with torch.no_grad():
-            scale = settings.clamp * norm / delta.norm(dim=1).clamp_min(1e-30)
-            delta.mul_(scale.clamp_max(1.0)[:, None])
-            # Adam's momentum would go on moving edits that are done.
-            delta.copy_(before.index_copy(0, moving, delta[moving]))
-    return Targets(
-        values=(initial + delta).detach(),
-        initial=initial,
-        probability=torch.exp(-nll),
-        initial_probability=torch.exp(-initial_nll),
-        steps=steps,
+    """Targets of some of the edits: chunks of them, shared over the processes."""
+    if token_budget is None:
+        # A single edit is a chunk whatever it takes.
+        first = _chunk(adapter, rows, which[:1], layer, settings)
+        token_budget = affordable_tokens(first) if len(which) > 1 else 1
+        token_budget = min(ranks.gather(token_budget))
+    chunks = [
+        [which[place] for place in chunk]
+        for chunk in chunks_of([rows[index] for index in which], token_budget)
+    ]
+    mine = chunks[ranks.rank :: ranks.world]
+    done: list[Targets] = []
+    failed: UnifiedEditError | None = None
+    with tqdm(
+        total=sum(map(len, mine)),
+        desc="targets" if ranks.world == 1 else f"targets, 1 of {ranks.world} shares",
+        unit="edit",
+        disable=not (progress and ranks.first),
+    ) as shown:
+        bar = Bar(shown)
+        try:
+            for chosen in mine:
+                chunk = _chunk(adapter, rows, chosen, layer, settings)
+                done.append(descend(chunk, edits, chosen, settings, bar))
+        except UnifiedEditError as error:
+            failed = error  # The others wait below: all shall raise it.
+    shares = ranks.gather((failed, done))
+    for raised, _ in shares:
+        if raised is not None:
+            raise raised
+    return _joined(
+        [shares[i % ranks.world][1][i // ranks.world] for i in range(len(chunks))]
     )
 
 
-def _by_edit(
-    buckets: Sequence[Bucket], measured: Sequence[tuple[Tensor, Tensor]], count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean NLL and KL of each edit, and how many of its labels are not the most
-    probable token; [count], on the CPU, where sums have one order."""
-    nll, kl, wrong = torch.zeros(3, count, dtype=torch.float64)
-    for bucket, (losses, right) in zip(buckets, measured, strict=True):
-        reads, labels = bucket.reads, len(bucket.reads.labels)
-        weighted = losses.detach().cpu() * reads.weights
-        nll.index_add_(0, reads.edits[:labels], weighted[:labels])
-        kl.index_add_(0, reads.edits[labels:], weighted[labels:])
-        wrong.index_add_(0, reads.edits[:labels], (~right.cpu()).double())
-    return nll, kl, wrong
-
-
-def _gradient(
-    buckets: Sequence[Bucket],
-    measured: Sequence[tuple[Tensor, Tensor]],
-    leaves: Sequence[Tensor],
-    wanted: Tensor,
-    kl_factor: float,
-) -> Tensor:
-    """Of each edit's loss by its δ [edits, d_value]; zero where it is not wanted."""
-    total: Any = 0
-    for bucket, (losses, _) in zip(buckets, measured, strict=True):
-        reads = bucket.reads
-        weights = reads.weights * wanted[reads.edits]
-        weights[len(reads.labels) :] *= kl_factor
-        total = total + (losses * weights.to(losses)).sum()
-    by_row = torch.cat(torch.autograd.grad(total, leaves))
-    # Every edit has as many rows as any other.
-    order = torch.cat([bucket.edits for bucket in buckets]).argsort(stable=True)
-    return by_row[order.to(by_row.device)].view(len(wanted), -1, by_row.shape[1]).sum(1)
-
-
-def _check_finite(
-    adapter: ModelAdapter, loss: Tensor, edits: Sequence[Edit], which: Sequence[int]
-) -> None:
-    for value, index in zip(loss.tolist(), which, strict=True):
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"the loss of edit {index} ({edits[index]}) is not finite: "
-                f"{adapter.why_not_finite()}"
-            )
-
-
-def _check_same(
+def _chunk(
     adapter: ModelAdapter,
-    now: Tensor,
-    whole: Tensor,
-    edits: Sequence[Edit],
+    rows: Sequence[Sequence[Row]],
     which: Sequence[int],
-) -> None:
-    """The suffixes alone must say what whole prompts say."""
-    dtype = adapter.weight(0).dtype
-    allowed = 4 * math.sqrt(torch.finfo(dtype).eps) * (1 + whole)
-    worst = int(((now - whole).abs() - allowed).argmax())
-    if bool((now - whole).abs()[worst] > allowed[worst]):
-        raise UnsupportedModel(
-            f"edit {which[worst]} ({edits[which[worst]]}): the target's loss over the "
-            f"whole prompt is {float(whole[worst]):.4g}, and from the subject on, with "
-            f"the prefix cached, {float(now[worst]):.4g}; this model's layers hand on "
-            "more than hidden states and attention keys, so its targets cannot be "
-            "optimised"
-        )
-
-
-class _Bar:
-    """Edits done, their mean probability, edits per second."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar, self.total = bar, 0.0
-
-    def finished(self, nll: Tensor) -> None:
-        """Counts edits that are done, by their targets' NLL."""
-        if len(nll):
-            self.total += float(torch.exp(-nll).sum())
-            mean = self.total / (self.bar.n + len(nll))
-            self.bar.set_postfix(probability=f"{mean:.3f}", refresh=False)
-            self.bar.update(len(nll))
+    layer: int,
+    settings: TargetSettings,
+) -> Chunk:
+    numbered = [replace(row, edit=n) for n, i in enumerate(which) for row in rows[i]]
+    return run_whole(adapter, numbered, settings.site, layer)
 
 
 @contextmanager

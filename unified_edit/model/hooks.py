@@ -1,0 +1,121 @@
+"""What is looked at, changed or left out in one forward pass, and put back after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Reached(Exception):
+    """Unwinds the forward pass once the wanted output is there."""
+
+
+def hidden_of(output: Any) -> Tensor:
+    """A block's hidden states: blocks return a tensor, or a tuple that begins with
+    it, depending on the version of transformers."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+@contextmanager
+def stopping_at(module: nn.Module, handler: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hands the module's output to `handler` and ends the body there."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        handler(hidden_of(output))
+        raise _Reached
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def add_first(hidden: Tensor, delta: Tensor) -> Tensor:
+    """δ [rows, d_value] added to the first position, rounded once."""
+    first = wide(hidden[:, :1]) + delta.to(hidden.device)[:, None]
+    return torch.cat([first.to(hidden.dtype), hidden[:, 1:]], dim=1)
+
+
+@contextmanager
+def seeing(module: nn.Module, seen: dict[str, Any], name: str) -> Iterator[None]:
+    """Keeps what a module returns."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen[name] = output
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def adding(module: nn.Module, delta: Tensor) -> Iterator[None]:
+    """Adds δ to the first position of what a module returns."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        changed = add_first(hidden_of(output), delta)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def returning(
+    blocks: Sequence[nn.Module], hidden: Tensor, extras: int | None
+) -> Iterator[None]:
+    """Blocks return `hidden` instead of running."""
+    # What else they return is by-products, attention weights for one: a model that
+    # needed them would fail on None, not go astray.
+    output = hidden if extras is None else (hidden, *[None] * extras)
+
+    def forward(*_: Any, **__: Any) -> Any:
+        return output
+
+    # An instance may have a forward of its own already, as accelerate's hooks set.
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = forward
+        yield
+    finally:
+        for block, before in zip(blocks, own, strict=True):
+            if before is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = before
+
+
+@contextmanager
+def reading_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """The head sees [1, reads, d] instead of all positions: a vocabulary is wide."""
+
+    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0]
+        index = (rows.to(hidden.device), columns.to(hidden.device))
+        return (hidden[index][None], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

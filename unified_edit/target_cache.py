@@ -1,0 +1,60 @@
+"""Optimised target values on disk, found again by content.
+
+A target depends on the model, the layer, the settings and its prompts' tokens, and on
+nothing else; its key is a digest of exactly these. So another λ, another order or more
+edits find what is there, and whatever changes is a miss.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from unified_edit.model.descent import Targets
+
+
+class TargetCache:
+    """A folder of target values, one small file for each edit."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def file(self, key: str) -> Path:
+        """Where the targets of a key are, or would be."""
+        return self.path / key[:2] / f"{key}.safetensors"
+
+    def get(self, key: str) -> Targets | None:
+        """The targets of one edit, or None. A damaged file is a miss, with a warning:
+        it will be written anew."""
+        path = self.file(key)
+        if not path.exists():
+            return None
+        try:
+            return Targets(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            warnings.warn(
+                f"{path}: cannot be read ({error}); these targets are optimised anew",
+                stacklevel=2,
+            )
+            return None
+
+    def put(self, key: str, targets: Targets) -> None:
+        """Keeps the targets of one edit; whole or not at all."""
+        path = self.file(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(
+                {
+                    name: getattr(targets, name).cpu().contiguous()
+                    for name in Targets.__dataclass_fields__
+                },
+                staged,
+            )
+            os.replace(staged, path)
+        finally:
+            staged.unlink(missing_ok=True)
