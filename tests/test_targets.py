@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,13 @@ from model_kit import (
 from plain_targets import PlainRow, PlainTarget, plain_rows, plain_target
 
 from unified_edit.edits import Edit
-from unified_edit.errors import NonFiniteError, PromptError, RecipeError
+from unified_edit.errors import (
+    NonFiniteError,
+    PromptError,
+    RecipeError,
+    UnsupportedModel,
+)
+from unified_edit.model import suffixes
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets, TargetSettings
 from unified_edit.model.prompts import Contexts
@@ -312,8 +319,224 @@ def test_too_long_prompts_are_refused(tiny: Tiny) -> None:
         {"site": "attention"},
         {"kl_position": "middle"},
         {"clamp": math.nan},
+        {"most_probable_stop": 0},
+        {"most_probable_stop": -1},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         replace(SETTINGS["block_output"], **wrong)
+
+
+MOST_PROBABLE = {
+    kind: TargetSettings(
+        "block_output",
+        steps=14,
+        learning_rate=learning_rate,
+        clamp=20.0,
+        weight_decay=0.0,
+        kl_factor=kl_factor,
+        loss_threshold=1e-9,
+    )
+    for kind, learning_rate, kl_factor in (("gpt2", 8.0, 4.0), ("llama", 12.0, 8.0))
+}
+"""So fast that targets become the most probable, and cease to be, and become so again."""
+SOON = [
+    Edit("everyone likes {}", "Bo Diaz", "lives"),
+    Edit("everyone likes {}", "Bo Diaz", "lives in"),
+    Edit("{}", "Eero Lind", "lives"),
+    Edit("{}", "Ada Lovelace", "friends"),
+]
+
+
+def plain_hits(
+    tiny: Tiny, edit: Edit, settings: TargetSettings
+) -> tuple[PlainTarget, list[int], list[int]]:
+    """The plain loop to its end, and its evaluations, from 1 on, in which the whole
+    target, and its first token, were the most probable in every context."""
+    rows = plain_rows(tiny.tokenizer, edit, CONTEXTS, settings)
+    whole: list[bool] = []
+    first: list[bool] = []
+
+    def hook(_: Any, __: Any, output: Any) -> None:
+        right = [
+            output.logits[index, row.read + place].argmax() == label
+            for index, row in enumerate(rows)
+            for place, label in enumerate(row.labels)
+        ]
+        whole.append(all(right))
+        first.append(all(right[:: len(rows[0].labels)]))
+
+    handle = tiny.model.register_forward_hook(hook)
+    try:
+        plain = plain_targets(tiny, edit, settings)
+    finally:
+        handle.remove()
+    return plain, *([i for i, hit in enumerate(h, 1) if hit] for h in (whole, first))
+
+
+def test_most_probable_stop_counts_evaluations_from_first_to_last(
+    tiny64: Tiny,
+) -> None:
+    """Evaluations in which the target is the most probable count though it was not
+    in between; whichever rule says so first ends the loop."""
+    settings = MOST_PROBABLE[tiny64.kind]
+    ways = [plain_hits(tiny64, edit, settings) for edit in SOON]
+    losses, hits = [plain.losses for plain, _, _ in ways], [hit for _, hit, _ in ways]
+    assert max(map(len, hits)) >= 3
+    assert ways[1][2] and not ways[1][1]  # the first token alone does not count
+    assert any(hit and hit[0] + len(hit[:3]) - 1 < hit[:3][-1] for hit in hits)
+    # A loss that the first edit goes below before the target was there thrice.
+    threshold = min(losses[0][: hits[0][1]]) + 1e-6
+    reasons = set()
+    for most in (1, 2, 3):
+        for stop in (1e-9, threshold):
+            found = optimized(
+                tiny64,
+                replace(settings, most_probable_stop=most, loss_threshold=stop),
+                SOON,
+            )
+            for index, edit in enumerate(SOON):
+                at = {"steps": settings.steps}
+                if len(hits[index]) >= most:
+                    at["hits"] = hits[index][most - 1]
+                below = [i for i, x in enumerate(losses[index], 1) if x < stop]
+                if below:
+                    at["loss"] = below[0]
+                last = min(at.values())
+                reasons |= {why for why, step in at.items() if step == last}
+                plain = plain_targets(tiny64, edit, replace(settings, steps=last))
+                assert_equal_plain(found, index, plain, 1e-7)
+    assert reasons == {"steps", "hits", "loss"}
+
+
+def _beside(model: Any, kind: str) -> None:
+    """What block 0's MLP makes is added to block 2's output, not by hidden states."""
+    aside: list[Any] = []
+
+    def add(_: Any, __: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden + (3 * aside.pop() if aside else 0)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    below = mlp_of(model, kind, 0)
+    below.register_forward_hook(lambda _, __, output: aside.append(output))
+    block_of(model, kind, 2).register_forward_hook(add)
+
+
+def test_a_model_that_hands_on_more_than_hidden_states_is_refused(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny.model)
+    _beside(model, tiny.kind)
+    arguments = (tiny.tokenizer, EDITS[1:], CONTEXTS, LAYER, SETTINGS["block_output"])
+    with pytest.raises(UnsupportedModel, match="hand on more than") as caught:
+        optimize_targets(ModelAdapter.of(model), *arguments)
+    named = re.match(r"edit (\d) ", str(caught.value))
+    assert named and str(EDITS[1:][int(named[1])]) in str(caught.value)
+    # From block 0 on everything runs: nothing is handed past what is left out.
+    edit, settings = EDITS[2], SETTINGS["mlp_output"]
+    adapter = ModelAdapter.of(model)
+    found = optimize_targets(adapter, tiny.tokenizer, [edit], CONTEXTS, 0, settings)
+    changed = Tiny(tiny.kind, model, tiny.tokenizer, {})
+    plain = plain_targets(changed, edit, settings, layer=0)
+    assert_equal_plain(found, 0, plain, 1e-4)
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_progress_tells_edits_and_their_probability(
+    gpt2: Tiny, budget: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(MOST_PROBABLE["gpt2"], most_probable_stop=1)
+    found = optimized(gpt2, settings, SOON, token_budget=budget, progress=True)
+    assert len(set(found.steps.tolist())) > 1
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert shown.startswith("targets: 100%") and " 4/4 " in shown
+    assert f"probability={float(found.probability.mean()):.3f}" in shown
+    assert float(found.probability.mean()) > 0.01
+    assert re.search(r"[\d.]+ ?(edit/s|s/edit)", shown)
+    optimized(gpt2, settings, SOON)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("site", ["mlp_output", "block_output"])
+def test_half_precision_models_get_float32_targets_near_theirs(
+    tiny: Tiny, site: str
+) -> None:
+    half = Tiny(
+        tiny.kind, copy.deepcopy(tiny.model).bfloat16(), tiny.tokenizer, tiny.statistics
+    )
+    settings = replace(SETTINGS[site], steps=12, clamp=20.0, weight_decay=0.0)
+    edits = [*SOON, EDITS[2]]
+    wide, found = optimized(tiny, settings, edits), optimized(half, settings, edits)
+    for name in ("values", "initial"):
+        assert getattr(found, name).dtype == torch.float32
+    assert bool((found.probability > 2 * found.initial_probability).all())
+    assert torch.allclose(found.probability, wide.probability, rtol=0.3)
+    deltas = [each.values - each.initial for each in (found, wide)]
+    assert float(torch.cosine_similarity(*deltas).min()) > 0.9
+    # δ is kept wider than the model: bfloat16 would round it.
+    assert not torch.equal(deltas[0], deltas[0].bfloat16().float())
+
+
+SHARED = {
+    "template": [
+        Edit("In spring, the friends of {} like", subject, "green apples")
+        for subject in ("Ada Lovelace", "Bo Diaz", "Ada Nunes", "Ada Stern")
+    ],
+    "all before the subject's end": [
+        Edit(f"The letters of {{}} {rest}", "Dov Stern", target)
+        for rest, target in (("say", "chess"), ("are long and say", "the cello"))
+    ],
+    "all": [Edit("The town of {} is", "Bo Diaz", t) for t in ("Lyon", "New York")],
+}
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("site", ["mlp_output", "block_output"])
+def test_prompts_that_begin_alike_equal_the_plain_loop(
+    tiny64: Tiny, site: str, shared: str
+) -> None:
+    edits = SHARED[shared]
+    found = optimized(tiny64, SETTINGS[site], edits)
+    for index, edit in enumerate(edits):
+        plain = plain_targets(tiny64, edit, SETTINGS[site])
+        assert_equal_plain(found, index, plain, 1e-8)
+
+
+UNLIKE = [
+    EDITS[2],  # the subject ends the prompt
+    Edit("{} is", "Bo Diaz", "what the letters say: chess, the cello and green apples"),
+    Edit(
+        "The friends of {}, who lives in New York and likes chess, say", "Ada", "Oslo"
+    ),
+    Edit("{} lives in", "A", "Oslo"),
+    EDITS[3],
+]
+
+
+@pytest.mark.parametrize("cost", [0, 20, 10**6])
+@pytest.mark.parametrize("site", ["mlp_output", "block_output"])
+def test_rows_of_unlike_width_equal_the_plain_loop(
+    tiny64: Tiny, site: str, cost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(p.numel() for p in tiny64.adapter.block(0).parameters())
+    monkeypatch.setitem(suffixes._PASS_COST, "cpu", cost * size)
+    settings = replace(SETTINGS[site], kl_prompts=("{} is a town that",))
+    settings = replace(settings, kl_position="end", steps=4)
+    widths = []
+
+    def hook(_: Any, __: Any, given: dict[str, Any], output: Any) -> None:
+        if output.logits.requires_grad:
+            widths.append(given["input_ids"].shape[1])
+
+    handle = tiny64.model.register_forward_hook(hook, with_kwargs=True)
+    try:
+        found = optimized(tiny64, settings, UNLIKE, token_budget=4096)
+    finally:
+        handle.remove()
+    assert len(widths) % settings.steps == 0
+    passes = len(widths) // settings.steps
+    assert passes >= 5 if cost == 0 else passes == 1 if cost > 20 else 1 < passes < 5
+    assert max(widths) > 5 * min(widths) or cost > 20
+    for index, edit in enumerate(UNLIKE):
+        plain = plain_targets(tiny64, edit, settings)
+        assert_equal_plain(found, index, plain, 1e-8)

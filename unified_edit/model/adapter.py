@@ -118,6 +118,12 @@ class ModelAdapter:
         """The module whose output a target value is."""
         return (self.down_projection if kind == "mlp_output" else self.block)(layer)
 
+    def mlp(self, layer: int) -> nn.Module | None:
+        """The MLP that holds the down-projection; None if that is the block's own."""
+        name = self.key_module(layer).rpartition(".")[0]
+        own = name == self.architecture.block.format(layer)
+        return None if own else self.model.get_submodule(name)
+
     @property
     def head(self) -> nn.Module:
         """The language-model head."""

@@ -110,12 +110,45 @@ def reading_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]
     """The head sees [1, reads, d] instead of all positions: a vocabulary is wide."""
 
     def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = inputs[0]
-        index = (rows.to(hidden.device), columns.to(hidden.device))
-        return (hidden[index][None], *inputs[1:])
+        return (_picked(inputs[0], rows, columns), *inputs[1:])
 
     handle = head.register_forward_pre_hook(hook)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def running_at(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """A module that treats each position alone runs at some only; it returns zero at
+    the others."""
+    whole: list[torch.Size] = []
+
+    def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        whole.append(inputs[0].shape)
+        # Some take the residual as well.
+        return tuple(
+            _picked(x, rows, columns) if torch.is_tensor(x) and x.ndim == 3 else x
+            for x in inputs
+        )
+
+    def after(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        zeros = output.new_zeros(*whole.pop()[:2], output.shape[-1])
+        index = (rows.to(output.device), columns.to(output.device))
+        return zeros.index_put(index, output[0])
+
+    handles = [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _picked(hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[1, reads, d] of [rows, width, d]."""
+    return hidden[rows.to(hidden.device), columns.to(hidden.device)][None]

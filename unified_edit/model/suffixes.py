@@ -10,8 +10,8 @@ forward; nothing here knows a family.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from unified_edit.model.hooks import (
     hidden_of,
     reading_at,
     returning,
+    running_at,
     seeing,
     wide,
 )
@@ -143,7 +144,7 @@ class Bucket:
                 below = [adapter.block(layer) for layer in range(chunk.skipped)]
                 hooks.enter_context(returning(below, entry, chunk.extras))
             hooks.enter_context(
-                reading_at(adapter.head, self.reads.rows, self.reads.columns)
+                _reading(adapter, chunk.layer, self.reads.rows, self.reads.columns)
             )
             output = adapter.model(
                 input_ids=self.ids,
@@ -194,7 +195,7 @@ def run_whole(
             if skipped:
                 hooks.enter_context(seeing(adapter.block(skipped - 1), seen, "entry"))
             columns = reads.columns + cuts[reads.rows]
-            hooks.enter_context(reading_at(adapter.head, reads.rows, columns))
+            hooks.enter_context(_reading(adapter, layer, reads.rows, columns))
             output = adapter.model(
                 input_ids=whole.ids,
                 attention_mask=torch.cat([mask.to(whole.mask), whole.mask], dim=1),
@@ -358,6 +359,21 @@ def _pass_cost(adapter: ModelAdapter) -> int:
     """Of one more pass, in tokens."""
     size = sum(parameter.numel() for parameter in adapter.block(0).parameters())
     return round(_PASS_COST.get(adapter.device.type, _PASS_COST["cuda"]) / size)
+
+
+@contextmanager
+def _reading(
+    adapter: ModelAdapter, layer: int, rows: Tensor, columns: Tensor
+) -> Iterator[None]:
+    """Logits come as [1, reads, vocabulary]. Above the last attention, where positions
+    no longer meet, only those run that are read."""
+    last = adapter.layer_count - 1
+    mlp = adapter.mlp(last) if layer < last else None
+    with ExitStack() as hooks:
+        if mlp is not None:
+            hooks.enter_context(running_at(mlp, rows, columns))
+        hooks.enter_context(reading_at(adapter.head, rows, columns))
+        yield
 
 
 def _below(site: Site, layer: int) -> int:

@@ -1,0 +1,574 @@
+"""Optimised targets on disk: what is known is not optimised again and comes back bit
+for bit; whatever it depends on makes it unknown; files are whole or not there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import resource
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_kit import (
+    CONTEXTS,
+    EDITS,
+    KINDS,
+    Tiny,
+    block_of,
+    make_model,
+    make_tokenizer,
+    mlp_of,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from covariance_cache.fingerprint import exact_fingerprint, model_fingerprint
+from unified_edit.engine import edit
+from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.descent import Targets, TargetSettings
+from unified_edit.model.prompts import Contexts
+from unified_edit.model.targets import optimize_targets
+from unified_edit.recipes import recipe
+from unified_edit.target_cache import TargetCache
+
+SETTINGS = TargetSettings("block_output", steps=3, learning_rate=0.3)
+BUDGET = 4096
+NAMES = tuple(Targets.__dataclass_fields__)
+
+
+def arguments(tiny: Tiny, **changes: Any) -> dict[str, Any]:
+    """Of `optimize_targets`."""
+    return {
+        "adapter": tiny.adapter,
+        "tokenizer": tiny.tokenizer,
+        "edits": EDITS,
+        "contexts": CONTEXTS,
+        "layer": 1,
+        "settings": SETTINGS,
+        "token_budget": BUDGET,  # so that nothing runs to find one
+        **changes,
+    }
+
+
+@contextmanager
+def passes_of(model: nn.Module) -> Iterator[list[tuple[int, bool]]]:
+    """Of each forward pass: how many rows, and whether a δ is optimised through it."""
+    seen: list[tuple[int, bool]] = []
+
+    def hook(_: nn.Module, __: Any, given: dict[str, Any], output: Any) -> None:
+        seen.append((len(given["input_ids"]), output.logits.requires_grad))
+
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def assert_same_targets(found: Targets, expected: Targets) -> None:
+    for name in NAMES:
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+
+
+def files_in(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+class Recording(TargetCache):
+    """Remembers the keys that were asked for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.keys: list[str] = []
+
+    def get(self, key: str) -> Targets | None:
+        self.keys.append(key)
+        return super().get(key)
+
+
+@pytest.mark.parametrize("site", ["mlp_output", "block_output"])
+def test_a_second_run_runs_nothing_and_gives_the_same_bits(
+    tiny: Tiny, site: Any, tmp_path: Path
+) -> None:
+    wanted = arguments(tiny, settings=replace(SETTINGS, site=site))
+    without = optimize_targets(**wanted)
+    first = optimize_targets(**wanted, cache=TargetCache(tmp_path))
+    with passes_of(tiny.model) as passes:
+        again = optimize_targets(**wanted, cache=TargetCache(str(tmp_path)))
+    assert passes == []
+    assert_same_targets(first, without)
+    assert_same_targets(again, without)
+
+
+def test_float64_comes_back_as_float64_and_is_not_float32s(
+    tiny64: Tiny, tmp_path: Path
+) -> None:
+    cache = TargetCache(tmp_path)
+    first = optimize_targets(**arguments(tiny64), cache=cache)
+    with passes_of(tiny64.model) as passes:
+        assert_same_targets(optimize_targets(**arguments(tiny64), cache=cache), first)
+    assert passes == [] and first.values.dtype == torch.float64
+    narrow = ModelAdapter.of(copy.deepcopy(tiny64.model).float())
+    found = optimize_targets(**arguments(tiny64, adapter=narrow), cache=cache)
+    assert found.values.dtype == torch.float32
+    assert len(files_in(tmp_path)) == 2 * len(EDITS)
+
+
+def test_files_are_named_by_the_keys_and_nothing_else_is_left(
+    gpt2: Tiny, tmp_path: Path
+) -> None:
+    cache = Recording(tmp_path / "not" / "yet")
+    optimize_targets(**arguments(gpt2), cache=cache)
+    assert len(set(cache.keys)) == len(EDITS)
+    assert files_in(tmp_path) == {cache.file(key) for key in cache.keys}
+    for key in cache.keys:
+        assert re.fullmatch("[0-9a-f]{64}", key)
+        path = tmp_path / "not" / "yet" / key[:2] / f"{key}.safetensors"
+        assert cache.file(key) == path
+        assert load_file(path).keys() == set(NAMES)
+
+
+def test_permuted_edits_are_found(tiny: Tiny, tmp_path: Path) -> None:
+    cache = TargetCache(tmp_path)
+    first = optimize_targets(**arguments(tiny), cache=cache)
+    order = [3, 0, 4, 1, 2, 0]
+    some = [EDITS[index] for index in order]
+    with passes_of(tiny.model) as passes:
+        found = optimize_targets(**arguments(tiny, edits=some), cache=cache)
+    assert passes == []
+    assert_same_targets(found, first.select(*order))
+
+
+def test_only_unknown_edits_are_optimised(tiny: Tiny, tmp_path: Path) -> None:
+    cache = TargetCache(tmp_path)
+    known, unknown = [1, 3], [0, 2, 4]
+    first = optimize_targets(
+        **arguments(tiny, edits=[EDITS[index] for index in known]), cache=cache
+    )
+    with passes_of(tiny.model) as passes:
+        found = optimize_targets(**arguments(tiny), cache=cache)
+    rows = len(CONTEXTS.templates) + len(SETTINGS.kl_prompts)
+    assert sum(count for count, optimised in passes if optimised) == (
+        SETTINGS.steps * len(unknown) * rows
+    )
+    alone = optimize_targets(
+        **arguments(tiny, edits=[EDITS[index] for index in unknown])
+    )
+    assert found.steps.tolist() == [SETTINGS.steps] * len(EDITS)
+    assert_same_targets(found.select(*known), first)
+    assert_same_targets(found.select(*unknown), alone)
+
+
+def test_recipes_with_the_same_target_settings_share_targets(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    cache = TargetCache(tmp_path)
+
+    def run(method: str, **changes: Any) -> tuple[list[float], int]:
+        """Each edit's `optimised` in the report, and how many passes it took."""
+        wanted = recipe(method, **{"layers": [0, 1], "steps": 3, **changes})
+        with passes_of(tiny.model) as passes:
+            result = edit(
+                tiny.model,
+                tiny.tokenizer,
+                EDITS,
+                wanted,
+                tiny.statistics,
+                contexts=CONTEXTS,
+                target_cache=cache,
+            )
+        optimised = [outcome.optimised for outcome in result.report.outcomes]
+        return optimised, sum(by_delta for _, by_delta in passes)
+
+    first, passes = run("memit")
+    assert passes >= 3
+    # From now on the files lie, so that who reads them can be told.
+    for path in files_in(tmp_path):
+        held = load_file(path)
+        held["probability"] = 1 + held["probability"]
+        save_file(held, path)
+    expected = [1 + probability for probability in first]
+    for method, changes in (
+        ("memit", {}),
+        ("memit", {"preservation_weight": 3.0}),
+        ("memit", {"layers": [1], "key_average": "clean"}),
+        ("emmet", {"layers": [1]}),
+        ("alphaedit", {"ridge": 2.0, "null_space_threshold": 0.5}),
+    ):
+        assert run(method, **changes) == (pytest.approx(expected), 0), (method, changes)
+    for method, changes in (
+        ("memit", {"layers": [0, 1, 2]}),
+        ("memit", {"clamp": 0.7}),
+        ("rome", {"layers": [1]}),
+    ):
+        optimised, passes = run(method, **changes)
+        assert passes >= 3 and max(optimised) < 1, (method, changes)
+
+
+def _with_one_weight_changed(module: str, parameter: str) -> Callable[[Tiny], Any]:
+    def change(tiny: Tiny) -> dict[str, Any]:
+        model = copy.deepcopy(tiny.model)
+        found = {"block 2": block_of(model, tiny.kind, 2), "model": model}
+        found["mlp 0"] = mlp_of(model, tiny.kind, 0)
+        ((_, weight),) = [
+            (name, tensor)
+            for name, tensor in found[module].named_parameters()
+            if re.fullmatch(parameter, name)
+        ]
+        with torch.no_grad():
+            value = weight.view(-1)[5]
+            value.copy_(torch.nextafter(value, torch.tensor(9.0)))
+        return {"adapter": ModelAdapter.of(model)}
+
+    return change
+
+
+def _with_config(gpt2: dict[str, Any], llama: dict[str, Any]) -> Callable[[Tiny], Any]:
+    def change(tiny: Tiny) -> dict[str, Any]:
+        config = gpt2 if tiny.kind == "gpt2" else llama
+        model = make_model(tiny.kind, len(tiny.tokenizer), **config)
+        states = model.state_dict(), tiny.model.state_dict()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+        return {"adapter": ModelAdapter.of(model)}
+
+    return change
+
+
+def _with_another_tokenizer(tiny: Tiny) -> dict[str, Any]:
+    tokenizer = make_tokenizer(tiny.kind, texts=["these letters are other ones"] * 9)
+    assert len(tokenizer) <= len(tiny.tokenizer)
+    return {"tokenizer": tokenizer}
+
+
+def _edits(**changes: str) -> Callable[[Tiny], Any]:
+    return lambda _: {"edits": [replace(each, **changes) for each in EDITS[:2]]}
+
+
+CHANGES: dict[str, Callable[[Tiny], dict[str, Any]]] = {
+    "a layer norm's weight": _with_one_weight_changed(
+        "block 2", "ln_1.weight|input_layernorm.weight"
+    ),
+    "a weight below": _with_one_weight_changed("mlp 0", "c_fc.weight|up_proj.weight"),
+    "an embedding": _with_one_weight_changed("model", r".*(wte|embed_tokens)\.weight"),
+    "what the norm adds": _with_config(
+        {"layer_norm_epsilon": 1e-3}, {"rms_norm_eps": 1e-3}
+    ),
+    "how positions turn, scores scale": _with_config(
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+    "attention's code": _with_config(
+        {"attn_implementation": "eager"}, {"attn_implementation": "eager"}
+    ),
+    "tokenizer": _with_another_tokenizer,
+    "prompts": _edits(prompt="{} once said"),
+    "subjects": _edits(subject="Carla Nunes"),
+    "targets": _edits(target="Lyon"),
+    "a context": lambda _: {"contexts": Contexts((*CONTEXTS.templates[:2], "Or. {}"))},
+    "more contexts": lambda _: {"contexts": Contexts((*CONTEXTS.templates, "Or. {}"))},
+    "layer": lambda _: {"layer": 0},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_changes_is_a_miss(tiny: Tiny, name: str, tmp_path: Path) -> None:
+    cache = TargetCache(tmp_path)
+    optimize_targets(**arguments(tiny, edits=EDITS[:2]), cache=cache)
+    before = {path: path.read_bytes() for path in files_in(tmp_path)}
+    assert len(before) == 2
+    changed = {**arguments(tiny, edits=EDITS[:2]), **CHANGES[name](tiny)}
+    found = optimize_targets(**changed, cache=cache)
+    assert_same_targets(found, optimize_targets(**changed))
+    assert len(files_in(tmp_path)) == 4
+    assert all(path.read_bytes() == held for path, held in before.items())
+
+
+FIELDS: dict[str, Any] = {
+    "site": "mlp_output",
+    "steps": 2,
+    "learning_rate": 0.4,
+    "clamp": 0.5,
+    "weight_decay": 0.25,
+    "kl_factor": 0.125,
+    "kl_prompts": ("{} was a",),
+    "kl_position": "end",
+    "loss_threshold": 0.25,
+    "most_probable_stop": 1,
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_target_setting_counts(gpt2: Tiny, name: str, tmp_path: Path) -> None:
+    assert FIELDS.keys() == {field.name for field in fields(TargetSettings)}
+    cache = TargetCache(tmp_path)
+    optimize_targets(**arguments(gpt2, edits=EDITS[:2]), cache=cache)
+    changed = replace(SETTINGS, **{name: FIELDS[name]})
+    wanted = arguments(gpt2, edits=EDITS[:2], settings=changed)
+    found = optimize_targets(**wanted, cache=cache)
+    assert_same_targets(found, optimize_targets(**wanted))
+    assert len(files_in(tmp_path)) == 4
+
+
+def _others(path: Path, keep: int) -> None:
+    held = list(load_file(path).items())[:keep]
+    save_file({**dict(held), "other": torch.zeros(3)}, path)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "cut in its header": lambda path: path.write_bytes(path.read_bytes()[:11]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("these are no tensors, but a long text"),
+    "other tensors": lambda path: _others(path, 0),
+    "one more tensor": lambda path: _others(path, 5),
+    "one tensor missing": lambda path: save_file(
+        {name: tensor for name, tensor in load_file(path).items() if name != "steps"},
+        path,
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_and_replaced(
+    gpt2: Tiny, damage: str, tmp_path: Path
+) -> None:
+    cache = Recording(tmp_path)
+    first = optimize_targets(**arguments(gpt2), cache=cache)
+    path = cache.file(cache.keys[2])
+    DAMAGES[damage](path)
+    with pytest.warns(UserWarning, match=re.escape(str(path))) as warned:
+        found = optimize_targets(**arguments(gpt2), cache=cache)
+    assert len(warned) == 1
+    alone = optimize_targets(**arguments(gpt2, edits=EDITS[2:3]))
+    assert_same_targets(found.select(2), alone)
+    others = [0, 1, 3, 4]
+    assert_same_targets(found.select(*others), first.select(*others))
+    with passes_of(gpt2.model) as passes:
+        again = optimize_targets(**arguments(gpt2), cache=cache)
+    assert passes == []
+    assert_same_targets(again, found)
+    assert len(files_in(tmp_path)) == len(EDITS)
+
+
+def test_a_file_in_the_folders_place_is_an_error_that_names_it(
+    gpt2: Tiny, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
+        optimize_targets(**arguments(gpt2), cache=TargetCache(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_serves_but_takes_nothing(
+    gpt2: Tiny, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    cache = TargetCache(folder)
+    first = optimize_targets(**arguments(gpt2, edits=EDITS[:2]), cache=cache)
+    known = files_in(folder)
+    places = [folder, *(path for path in folder.iterdir())]
+    try:
+        for place in places:
+            place.chmod(0o500)
+        again = optimize_targets(**arguments(gpt2, edits=EDITS[:2]), cache=cache)
+        assert_same_targets(again, first)
+        with pytest.raises(PermissionError, match=re.escape(str(folder))):
+            optimize_targets(**arguments(gpt2), cache=cache)
+        assert files_in(folder) == known
+    finally:
+        for place in places:
+            place.chmod(0o700)
+
+
+@pytest.fixture
+def held(gpt2: Tiny) -> Targets:
+    return optimize_targets(**arguments(gpt2, edits=EDITS[:1]))
+
+
+@contextmanager
+def _files_end_at(size: int) -> Iterator[None]:
+    """The system refuses what would make a file longer, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+KEY = "ab" + 62 * "0"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.9])
+def test_no_room_for_a_file_leaves_none(
+    held: Targets, share: float, tmp_path: Path
+) -> None:
+    cache = TargetCache(tmp_path)
+    cache.put("ab" + 62 * "1", held)
+    (kept,) = files_in(tmp_path)
+    with (
+        _files_end_at(int(share * kept.stat().st_size)),
+        pytest.raises(Exception, match="(?i)too large"),
+    ):
+        cache.put(KEY, held)
+    assert files_in(tmp_path) == {kept}
+    assert cache.get(KEY) is None
+    cache.put(KEY, held)
+    assert_same_targets(cache.get(KEY), held)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "again"])
+def test_a_process_killed_while_it_writes_leaves_no_half_file(
+    held: Targets, there: bool, tmp_path: Path
+) -> None:
+    """The child is killed by the system in the midst of writing its file."""
+    cache = TargetCache(tmp_path)
+    if there:
+        cache.put(KEY, held)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork
+        child = os.fork()
+    if not child:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with _files_end_at(200):
+            cache.put(KEY, held)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXFSZ
+    if there:
+        assert_same_targets(cache.get(KEY), held)
+    else:
+        assert cache.get(KEY) is None
+    cache.put(KEY, held)
+    assert_same_targets(cache.get(KEY), held)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_fingerprint_is_that_of_equal_models(kind: str, tmp_path: Path) -> None:
+    model = make_model(kind)
+    expected = exact_fingerprint(model)
+    assert re.fullmatch("[0-9a-f]{64}", expected)
+    assert exact_fingerprint(copy.deepcopy(model)) == expected
+    assert exact_fingerprint(make_model(kind)) == expected
+    assert exact_fingerprint(make_model(kind, seed=4)) != expected
+    assert exact_fingerprint(copy.deepcopy(model).train()) == expected
+    assert exact_fingerprint(copy.deepcopy(model).requires_grad_(False)) == expected
+    assert exact_fingerprint(copy.deepcopy(model).double()) != expected
+    assert exact_fingerprint(copy.deepcopy(model).bfloat16()) != expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_fingerprint_survives_the_way_to_disk(kind: str, tmp_path: Path) -> None:
+    model = make_model(kind)
+    for folder in ("one", "two"):
+        model.save_pretrained(tmp_path / folder)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert exact_fingerprint(loaded) == exact_fingerprint(model)
+        model = loaded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_fingerprint_sees_every_tensor(kind: str) -> None:
+    model = make_model(kind)
+    expected = exact_fingerprint(model)
+    tensors = model.state_dict()
+    assert any(name.endswith("bias") for name in tensors) == (kind == "gpt2")
+    for index, (name, tensor) in enumerate(tensors.items()):
+        flat = tensor.view(-1)
+        place = (7919 * index) % len(flat)
+        before = flat[place].clone()
+        flat[place] = torch.nextafter(before, torch.tensor(9.0))
+        assert exact_fingerprint(model) != expected, name
+        flat[place] = before
+    assert exact_fingerprint(model) == expected
+
+
+def test_exact_fingerprint_sees_each_value_of_a_tensor() -> None:
+    linear = nn.Linear(6, 4)
+    found = {exact_fingerprint(linear)}
+    for parameter in linear.parameters():
+        for place in range(parameter.numel()):
+            with torch.no_grad():
+                parameter.view(-1)[place] += 1
+            found.add(exact_fingerprint(linear))
+    assert len(found) == 1 + 24 + 4
+
+
+def test_exact_fingerprint_sees_which_tensor_holds_what() -> None:
+    """The sampled one takes matrices as a set, so an exchange escapes it."""
+    model = make_model("llama")
+    exact, sampled = exact_fingerprint(model), model_fingerprint(model)
+    with torch.no_grad():
+        first, second = (mlp_of(model, "llama", layer).up_proj for layer in (0, 1))
+        first.weight.data, second.weight.data = second.weight.data, first.weight.data
+    assert model_fingerprint(model) == sampled
+    assert exact_fingerprint(model) != exact
+
+
+def test_exact_fingerprint_of_tied_weights() -> None:
+    model = make_model("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    expected = exact_fingerprint(model)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] += 1
+    changed = exact_fingerprint(model)
+    assert changed != expected
+    model.lm_head.weight = nn.Parameter(model.transformer.wte.weight.detach().clone())
+    with torch.no_grad():
+        model.transformer.wte.weight[3, 3] -= 1
+    assert exact_fingerprint(model) not in (changed, expected)
+
+
+class _Holder(nn.Module):
+    """Buffers of any kind, without a config."""
+
+    def __init__(self, **buffers: Tensor) -> None:
+        super().__init__()
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+
+
+def test_exact_fingerprint_of_odd_tensors() -> None:
+    odd = {
+        "scalar": torch.tensor(1.5),
+        "count": torch.tensor(3),
+        "flags": torch.tensor([True, False]),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "brain": torch.ones(3, dtype=torch.bfloat16),
+        "eighth": torch.ones(3).to(torch.float8_e4m3fn),
+        "complex": torch.ones(2, dtype=torch.complex64),
+        "strided": torch.arange(6.0).view(2, 3).T,
+    }
+    expected = exact_fingerprint(_Holder(**odd))
+    same = {name: tensor.clone().contiguous() for name, tensor in odd.items()}
+    assert exact_fingerprint(_Holder(**same)) == expected
+    for name, tensor in odd.items():
+        bits = tensor.clone().contiguous().reshape(-1).view(torch.uint8).clone()
+        bits[-1] ^= 1
+        changed = bits.view(tensor.dtype).view(tensor.shape)
+        found = exact_fingerprint(_Holder(**{**odd, name: changed}))
+        assert found != expected, name
+    # The same bytes, or none, mean something else in another shape, dtype or place.
+    zero = torch.zeros(2, 3)
+    others = [
+        _Holder(x=zero),
+        _Holder(y=zero),
+        _Holder(x=zero.T.contiguous()),
+        _Holder(x=zero.int()),
+        _Holder(x=zero[:0]),
+        _Holder(x=zero[:, :0]),
+        _Holder(),
+    ]
+    assert len({exact_fingerprint(each) for each in others}) == len(others)
