@@ -41,12 +41,12 @@ PARTS = {
 BLOCKS = {"gpt2": "transformer.h.{}", "llama": "model.layers.{}"}
 
 
-def dispatched(kind: str, devices: list[str], ends: str) -> Any:
-    """The kind's model with each block on its device, what is before and after them on
+def dispatched(model: Any, kind: str, devices: list[str], ends: str) -> Any:
+    """The model with each block on its device, what is before and after them on
     another; all of them run where they are."""
     blocks = {BLOCKS[kind].format(i): device for i, device in enumerate(devices)}
     return accelerate.dispatch_model(
-        make_model(kind),
+        model,
         {**dict.fromkeys(PARTS[kind], ends), **blocks},
         main_device=ends,
         force_hooks=True,
@@ -96,7 +96,7 @@ class Counting(accelerate.hooks.ModelHook):  # type: ignore[misc, name-defined]
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_stay_and_targets_are_the_same_bits(kind: str, site: Site) -> None:
     expected = targets_of(make_model(kind), site)
-    model = dispatched(kind, ["cpu"] * LAYERS, "cpu")
+    model = dispatched(make_model(kind), kind, ["cpu"] * LAYERS, "cpu")
     adapter = ModelAdapter.of(model)
     counters = [Counting() for _ in range(LAYERS)]
     for layer, counter in enumerate(counters):
@@ -118,7 +118,7 @@ def test_hooks_stay_and_targets_are_the_same_bits(kind: str, site: Site) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_stay_when_a_step_fails(kind: str) -> None:
     """Only the step's own pass fails: blocks are being skipped then."""
-    model = dispatched(kind, ["cpu"] * LAYERS, "cpu")
+    model = dispatched(make_model(kind), kind, ["cpu"] * LAYERS, "cpu")
     last = ModelAdapter.of(model).block(LAYERS - 1)
     before, passes = own_forwards(model), []
 
@@ -156,8 +156,8 @@ def test_blocks_on_two_devices(
 ) -> None:
     """`ends` is the CPU where any block is: accelerate would move blocks that are on
     the CPU to another main device for each pass."""
-    expected = targets_of(make_model(kind), site)
-    model = dispatched(kind, devices, ends)
+    expected = targets_of(make_model(kind).double(), site)
+    model = dispatched(make_model(kind).double(), kind, devices, ends)
     adapter = ModelAdapter.of(model)
     for layer, device in enumerate(devices):
         assert adapter.weight(layer).device == torch.device(device)
@@ -170,10 +170,11 @@ def test_blocks_on_two_devices(
             mine, other = getattr(found, name), getattr(expected, name)
             assert mine.device == torch.device("cpu") and mine.dtype == other.dtype
         assert torch.equal(found.steps, expected.steps)
-        # Devices round differently in float32; five steps of Adam spread that.
+        # Llama's norms are in float32, which devices round differently.
+        tolerance = {"gpt2": 1e-6, "llama": 1e-3}[kind]
         for a, b in (
             (found.values - found.initial, expected.values - expected.initial),
             (found.initial, expected.initial),
             (found.probability, expected.probability),
         ):
-            assert float((a - b).norm()) < 1e-2 * float(b.norm())
+            assert float((a - b).norm()) < tolerance * float(b.norm())

@@ -340,10 +340,10 @@ MOST_PROBABLE = {
     )
     for kind, learning_rate, kl_factor in (("gpt2", 8.0, 4.0), ("llama", 12.0, 8.0))
 }
-"""So fast that targets become the most probable, and cease to be, and become so again."""
+"""So fast that targets become the most probable, then not, then again."""
 SOON = [
     Edit("everyone likes {}", "Bo Diaz", "lives"),
-    Edit("everyone likes {}", "Bo Diaz", "lives in"),
+    Edit("everyone likes {}", "Bo Diaz", "lives the"),
     Edit("{}", "Eero Lind", "lives"),
     Edit("{}", "Ada Lovelace", "friends"),
 ]
@@ -388,7 +388,7 @@ def test_most_probable_stop_counts_evaluations_from_first_to_last(
     assert any(hit and hit[0] + len(hit[:3]) - 1 < hit[:3][-1] for hit in hits)
     # A loss that the first edit goes below before the target was there thrice.
     threshold = min(losses[0][: hits[0][1]]) + 1e-6
-    reasons = set()
+    reasons, known = set(), {}
     for most in (1, 2, 3):
         for stop in (1e-9, threshold):
             found = optimized(
@@ -405,13 +405,15 @@ def test_most_probable_stop_counts_evaluations_from_first_to_last(
                     at["loss"] = below[0]
                 last = min(at.values())
                 reasons |= {why for why, step in at.items() if step == last}
-                plain = plain_targets(tiny64, edit, replace(settings, steps=last))
-                assert_equal_plain(found, index, plain, 1e-7)
+                if (edit, last) not in known:
+                    stopped = replace(settings, steps=last)
+                    known[edit, last] = plain_targets(tiny64, edit, stopped)
+                assert_equal_plain(found, index, known[edit, last], 1e-8)
     assert reasons == {"steps", "hits", "loss"}
 
 
 def _beside(model: Any, kind: str) -> None:
-    """What block 0's MLP makes is added to block 2's output, not by hidden states."""
+    """What block 0's attention says is added to block 2's output, past all between."""
     aside: list[Any] = []
 
     def add(_: Any, __: Any, output: Any) -> Any:
@@ -419,8 +421,9 @@ def _beside(model: Any, kind: str) -> None:
         hidden = hidden + (3 * aside.pop() if aside else 0)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    below = mlp_of(model, kind, 0)
-    below.register_forward_hook(lambda _, __, output: aside.append(output))
+    block = block_of(model, kind, 0)
+    attention = block.attn if kind == "gpt2" else block.self_attn
+    attention.register_forward_hook(lambda _, __, output: aside.append(output[0]))
     block_of(model, kind, 2).register_forward_hook(add)
 
 
@@ -469,7 +472,7 @@ def test_half_precision_models_get_float32_targets_near_theirs(
     wide, found = optimized(tiny, settings, edits), optimized(half, settings, edits)
     for name in ("values", "initial"):
         assert getattr(found, name).dtype == torch.float32
-    assert bool((found.probability > 2 * found.initial_probability).all())
+    assert bool((found.probability > 1.3 * found.initial_probability).all())
     assert torch.allclose(found.probability, wide.probability, rtol=0.3)
     deltas = [each.values - each.initial for each in (found, wide)]
     assert float(torch.cosine_similarity(*deltas).min()) > 0.9
@@ -536,7 +539,7 @@ def test_rows_of_unlike_width_equal_the_plain_loop(
     assert len(widths) % settings.steps == 0
     passes = len(widths) // settings.steps
     assert passes >= 5 if cost == 0 else passes == 1 if cost > 20 else 1 < passes < 5
-    assert max(widths) > 5 * min(widths) or cost > 20
+    assert cost or max(widths) > 5 * min(widths)
     for index, edit in enumerate(UNLIKE):
         plain = plain_targets(tiny64, edit, settings)
         assert_equal_plain(found, index, plain, 1e-8)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -79,58 +79,76 @@ def optimize_targets(
         NonFiniteError: a loss is NaN or infinite; names the edit.
         UnsupportedModel: the model says something else when only suffixes run.
     """
-    rows = make_rows(
-        tokenizer,
-        edits,
-        contexts,
-        settings.kl_prompts if settings.kl_factor else (),
-        settings.kl_position,
-    )
-    check_rows(adapter, [row.prefix + row.suffix for each in rows for row in each])
+    job = _Job.of(adapter, tokenizer, edits, contexts, layer, settings)
+    keys = None if cache is None else job.keys()
     found: list[Targets | None] = [None] * len(edits)
-    if cache is not None:
-        keys = _keys(adapter, rows, layer, settings)
-        # One process reads, so that all have the same to do.
-        found = ranks.gather([cache.get(k) for k in keys] if ranks.first else None)[0]
+    if cache is not None and keys is not None:
+        # What one process finds, all know, so that all have the same to do.
+        for here in ranks.gather([cache.get(key) for key in keys]):
+            found = [
+                a if a is not None else b for a, b in zip(found, here, strict=True)
+            ]
     missing = [index for index, each in enumerate(found) if each is None]
+
+    def keep(which: Sequence[int], fresh: Targets) -> None:
+        if cache is not None and keys is not None:
+            for place, index in enumerate(which):
+                cache.put(keys[index], fresh.select(place))
+
     if missing:
         with _frozen(adapter.model):
-            fresh = _optimize_all(
-                adapter,
-                rows,
-                edits,
-                missing,
-                layer,
-                settings,
-                token_budget,
-                ranks,
-                progress,
-            )
+            fresh = _optimize(job, missing, token_budget, ranks, progress, keep)
         for place, index in enumerate(missing):
-            found[index] = each = fresh.select(place)
-            if cache is not None and ranks.first:
-                cache.put(keys[index], each)
+            found[index] = fresh.select(place)
     return _joined([each for each in found if each is not None])
 
 
-def _keys(
-    adapter: ModelAdapter,
-    rows: Sequence[Sequence[Row]],
-    layer: int,
-    settings: TargetSettings,
-) -> list[str]:
-    """A digest of all that an edit's targets depend on."""
-    common = json.dumps(
-        [_FORMAT, exact_fingerprint(adapter.model), layer, asdict(settings)],
-        sort_keys=True,
-    )
-    keys = []
-    for each in rows:
-        content = [astuple(replace(row, edit=0)) for row in each]
-        keys.append(
-            hashlib.sha256(f"{common}{json.dumps(content)}".encode()).hexdigest()
-        )
-    return keys
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Edits of one call, with their rows."""
+
+    adapter: ModelAdapter
+    edits: Sequence[Edit]
+    rows: Sequence[Sequence[Row]]
+    """Of each edit."""
+    layer: int
+    settings: TargetSettings
+
+    @classmethod
+    def of(
+        cls,
+        adapter: ModelAdapter,
+        tokenizer: Any,
+        edits: Sequence[Edit],
+        contexts: Contexts,
+        layer: int,
+        settings: TargetSettings,
+    ) -> _Job:
+        kl_prompts = settings.kl_prompts if settings.kl_factor else ()
+        rows = make_rows(tokenizer, edits, contexts, kl_prompts, settings.kl_position)
+        check_rows(adapter, [row.prefix + row.suffix for each in rows for row in each])
+        return cls(adapter, edits, rows, layer, settings)
+
+    def keys(self) -> list[str]:
+        """For each edit a digest of all that its targets depend on."""
+        model = exact_fingerprint(self.adapter.model)
+        common = [_FORMAT, model, self.layer, asdict(self.settings)]
+        keys = []
+        for each in self.rows:
+            content = [*common, [astuple(replace(row, edit=0)) for row in each]]
+            text = json.dumps(content, sort_keys=True)
+            keys.append(hashlib.sha256(text.encode()).hexdigest())
+        return keys
+
+    def chunk(self, which: Sequence[int]) -> Chunk:
+        """Some of the edits, after their pass over whole prompts."""
+        rows = [replace(r, edit=n) for n, i in enumerate(which) for r in self.rows[i]]
+        return run_whole(self.adapter, rows, self.settings.site, self.layer)
+
+    def chunks(self, which: Sequence[int], token_budget: int) -> list[list[int]]:
+        """Some of the edits in parts, each within the budget."""
+        parts = chunks_of([self.rows[index] for index in which], token_budget)
+        return [[which[place] for place in part] for part in parts]
 
 
 def _joined(parts: Sequence[Targets]) -> Targets:
@@ -140,27 +158,20 @@ def _joined(parts: Sequence[Targets]) -> Targets:
     )
 
 
-def _optimize_all(
-    adapter: ModelAdapter,
-    rows: Sequence[Sequence[Row]],
-    edits: Sequence[Edit],
+def _optimize(
+    job: _Job,
     which: Sequence[int],
-    layer: int,
-    settings: TargetSettings,
     token_budget: int | None,
     ranks: Ranks,
     progress: bool,
+    keep: Callable[[Sequence[int], Targets], None],
 ) -> Targets:
-    """Targets of some of the edits: chunks of them, shared over the processes."""
-    if token_budget is None:
-        # A single edit is a chunk whatever it takes.
-        first = _chunk(adapter, rows, which[:1], layer, settings)
-        token_budget = affordable_tokens(first) if len(which) > 1 else 1
-        token_budget = min(ranks.gather(token_budget))
-    chunks = [
-        [which[place] for place in chunk]
-        for chunk in chunks_of([rows[index] for index in which], token_budget)
-    ]
+    """Targets of some of the edits: chunks of them, shared over the processes; each
+    chunk is given to `keep` as soon as it is done."""
+    # A single edit is a chunk whatever it takes.
+    if token_budget is None and len(which) > 1:
+        token_budget = min(ranks.gather(affordable_tokens(job.chunk(which[:1]))))
+    chunks = job.chunks(which, token_budget or 1)
     mine = chunks[ranks.rank :: ranks.world]
     done: list[Targets] = []
     failed: UnifiedEditError | None = None
@@ -173,8 +184,9 @@ def _optimize_all(
         bar = Bar(shown)
         try:
             for chosen in mine:
-                chunk = _chunk(adapter, rows, chosen, layer, settings)
-                done.append(descend(chunk, edits, chosen, settings, bar))
+                fresh = descend(job.chunk(chosen), job.edits, chosen, job.settings, bar)
+                keep(chosen, fresh)
+                done.append(fresh)
         except UnifiedEditError as error:
             failed = error  # The others wait below: all shall raise it.
     shares = ranks.gather((failed, done))
@@ -184,17 +196,6 @@ def _optimize_all(
     return _joined(
         [shares[i % ranks.world][1][i // ranks.world] for i in range(len(chunks))]
     )
-
-
-def _chunk(
-    adapter: ModelAdapter,
-    rows: Sequence[Sequence[Row]],
-    which: Sequence[int],
-    layer: int,
-    settings: TargetSettings,
-) -> Chunk:
-    numbered = [replace(row, edit=n) for n, i in enumerate(which) for row in rows[i]]
-    return run_whole(adapter, numbered, settings.site, layer)
 
 
 @contextmanager
