@@ -315,12 +315,11 @@ def our_flops(case: Case, found: Targets) -> float:
 
 def plain_flops(case: Case, found: Sequence[PlainTarget]) -> float:
     """Counted over two and three steps, one edit at a time."""
-    return sum(
-        extrapolated(
-            replace(case, sample=[index]).plain, case.settings, len(each.losses)
-        )
-        for index, each in zip(case.sample, found, strict=True)
-    )
+    total = 0.0
+    for index, each in zip(case.sample, found, strict=True):
+        alone = replace(case, sample=[index])
+        total += extrapolated(alone.plain, case.settings, len(each.losses))
+    return total
 
 
 def extrapolated(
