@@ -34,7 +34,7 @@ from unified_edit.target_cache import TargetCache
 
 SETTINGS = TargetSettings("block_output", steps=4, clamp=3.0, learning_rate=0.3)
 LAYER, BAD = 1, 3
-BUDGETS = {"each edit alone": 1, "two chunks": 130, "one chunk": None}
+BUDGETS = {"each edit alone": 1, "two chunks": 80, "one chunk": None}
 
 
 class Watched(TargetCache):
@@ -80,9 +80,15 @@ def job(folder: Path, ranks: Ranks) -> dict[str, Any]:
         found["with a bar"] = targets(progress=True)
 
     cache = Watched(folder / "cache")
-    found["cold"] = targets(EDITS[:2], cache=cache)
-    found["half warm"] = targets(cache=cache)
-    found["warm"] = targets(cache=cache)
+    asked = []
+    for name, edits in (("cold", EDITS[:2]), ("half warm", EDITS), ("warm", EDITS)):
+        found[name] = targets(edits, cache=cache)
+        asked.append((cache.reads, cache.writes))
+    # Where folders are not shared, each process has what it found itself.
+    own = Watched(folder / f"own {ranks.rank}")
+    for name in ("own, cold", "own, warm"):
+        found[name] = targets(cache=own)
+        asked.append((own.reads, own.writes))
 
     # A token of one edit only, in a model whose head is not tied to the embedding.
     tokens = [{t for r in each for t in r.prefix + r.suffix} for each in rows_of_edits(
@@ -96,11 +102,11 @@ def job(folder: Path, ranks: Ranks) -> dict[str, Any]:
         targets()
     found["error"] = str(caught.value)
     embedding.copy_(good)
-    found["afterwards"] = targets(budget=130)
+    found["afterwards"] = targets(budget=BUDGETS["two chunks"])
     return {
         "found": found,
         "shown": shown.getvalue(),
-        "asked": [cache.reads, cache.writes],
+        "asked": asked,
         "gathered": ranks.gather(f"of {ranks.rank}"),
         "is": [ranks.rank, ranks.world, ranks.local, ranks.first],
     }
@@ -164,14 +170,20 @@ def test_every_process_has_what_one_alone_finds(
             assert same(mine["found"][name], found), (rank, name)
         assert mine["gathered"] == [f"of {each}" for each in range(world)]
         assert mine["is"] == [rank, world, rank, rank == 0]
-        # One process speaks, reads and writes for all.
-        if rank == 0:
-            share = len(range(0, len(EDITS), world))
-            assert f"targets, 1 of {world} shares: 100%" in mine["shown"]
-            assert f" {share}/{share} " in mine["shown"]
-            assert mine["asked"] == expected["asked"]
+        shares = [len(range(rank, count, world)) for count in (2, 3, 5)]
+        first, second, all_of_them = shares
+        assert mine["asked"] == [
+            (2, first),
+            (7, first + second),
+            (12, first + second),
+            (5, all_of_them),
+            (10, all_of_them),  # what another process has is not optimised again
+        ]
+        if rank:
+            assert mine["shown"] == ""  # one process speaks for all
         else:
-            assert mine["shown"] == "" and mine["asked"] == [0, 0]
+            assert f"targets, 1 of {world} shares: 100%" in mine["shown"]
+            assert f" {all_of_them}/{all_of_them} " in mine["shown"]
     files = disk(tmp_path / "cache")
     assert files == disk(folder / "cache")
     assert sum(name.endswith(".safetensors") for name in files) == len(EDITS)
@@ -182,9 +194,9 @@ def test_one_process_asks_nobody(alone: tuple[Path, dict[str, Any]]) -> None:
     assert found["is"] == [0, 1, 0, True] and found["gathered"] == ["of 0"]
     assert f" {len(EDITS)}/{len(EDITS)} " in found["shown"]
     assert "targets: 100%" in found["shown"]
-    assert found["asked"] == [2 + 2 * len(EDITS), len(EDITS)]
-    # Cached or not, the targets are the same; edits alone in their chunk are.
-    for name in ("with a bar", "half warm", "warm"):
+    assert found["asked"] == [(2, 2), (7, 5), (12, 5), (5, 5), (10, 5)]
+    # Edits alone in their chunks have the same targets, cached or not.
+    for name in ("with a bar", "half warm", "warm", "own, cold", "own, warm"):
         assert same(found["found"][name], found["found"]["each edit alone"]), name
     assert same(found["found"]["afterwards"], found["found"]["two chunks"])
 

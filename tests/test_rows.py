@@ -1,9 +1,11 @@
-"""Rows: prompts cut at the subject's last token, and how they are put together."""
+"""Rows: prompts cut at the subject's last token, and how they are put together; the
+targets are those of the plain loop, however they are."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +13,16 @@ from model_kit import (
     CONTEXTS,
     DATA,
     EDITS,
+    Tiny,
     make_tokenizer,
     rows_of,
     subject_index,
     target_ids,
 )
+from test_targets import SETTINGS, assert_equal_plain, optimized, plain_targets
 
 from unified_edit.edits import Edit, read_edits
+from unified_edit.model import suffixes
 from unified_edit.model.prompts import Contexts
 from unified_edit.model.rows import Row, by_width, chunks_of, heads_of, make_rows
 
@@ -261,6 +266,71 @@ def test_heads_of_genuine_templates_reach_into_the_subjects() -> None:
     same.append(Edit("The town of {} was once called", "Ada Stern", "Lyon"))
     rows = make_rows(tokenizer, same, contexts, (), "subject")
     assert heads_of(flat(rows)) == [row.prefix for row in rows[0]]
+
+
+SHARED = {
+    "template": [
+        Edit("In spring, the friends of {} like", subject, "green apples")
+        for subject in ("Ada Lovelace", "Bo Diaz", "Ada Nunes", "Ada Stern")
+    ],
+    "all before the subject's end": [
+        Edit(f"The letters of {{}} {rest}", "Dov Stern", target)
+        for rest, target in (("say", "chess"), ("are long and say", "the cello"))
+    ],
+    "all": [Edit("The town of {} is", "Bo Diaz", t) for t in ("Lyon", "New York")],
+}
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("site", ["mlp_output", "block_output"])
+def test_prompts_that_begin_alike_equal_the_plain_loop(
+    tiny64: Tiny, site: str, shared: str
+) -> None:
+    edits = SHARED[shared]
+    found = optimized(tiny64, SETTINGS[site], edits)
+    for index, edit in enumerate(edits):
+        plain = plain_targets(tiny64, edit, SETTINGS[site])
+        assert_equal_plain(found, index, plain, 1e-8)
+
+
+UNLIKE = [
+    EDITS[2],  # the subject ends the prompt
+    Edit("{} is", "Bo Diaz", "what the letters say: chess, the cello and green apples"),
+    Edit(
+        "The friends of {}, who lives in New York and likes chess, say", "Ada", "Oslo"
+    ),
+    Edit("{} lives in", "A", "Oslo"),
+    EDITS[3],
+]
+
+
+@pytest.mark.parametrize("cost", [0, 20, 10**6])
+@pytest.mark.parametrize("site", ["mlp_output", "block_output"])
+def test_rows_of_unlike_width_equal_the_plain_loop(
+    tiny64: Tiny, site: str, cost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(p.numel() for p in tiny64.adapter.block(0).parameters())
+    monkeypatch.setitem(suffixes._PASS_COST, "cpu", cost * size)
+    settings = replace(SETTINGS[site], kl_prompts=("{} is a town that",))
+    settings = replace(settings, kl_position="end", steps=4)
+    widths = []
+
+    def hook(_: Any, __: Any, given: dict[str, Any], output: Any) -> None:
+        if output.logits.requires_grad:
+            widths.append(given["input_ids"].shape[1])
+
+    handle = tiny64.model.register_forward_hook(hook, with_kwargs=True)
+    try:
+        found = optimized(tiny64, settings, UNLIKE, token_budget=4096)
+    finally:
+        handle.remove()
+    assert len(widths) % settings.steps == 0
+    passes = len(widths) // settings.steps
+    assert passes >= 5 if cost == 0 else passes == 1 if cost > 20 else 1 < passes < 5
+    assert cost or max(widths) > 5 * min(widths)
+    for index, edit in enumerate(UNLIKE):
+        plain = plain_targets(tiny64, edit, settings)
+        assert_equal_plain(found, index, plain, 1e-8)
 
 
 @pytest.mark.data
