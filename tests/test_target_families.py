@@ -5,7 +5,6 @@ record of names and a random model are all that each one gets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -200,8 +199,7 @@ SETTINGS = TargetSettings(
 )
 
 
-@pytest.fixture(autouse=True)
-def wide_softmax(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def keep_softmax_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager attention takes its softmax in float32, also where scores are float64: its
     rounding would hide small mistakes, and the mask's lowest float64 overflows."""
     softmax = nn.functional.softmax
@@ -212,7 +210,6 @@ def wide_softmax(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         )
 
     monkeypatch.setattr(nn.functional, "softmax", wide)
-    yield
 
 
 # As old transformers' gpt_bigcode does, with a new torch.
@@ -229,6 +226,7 @@ def test_a_family_equals_the_plain_loop(
     monkeypatch.setitem(adapters.ARCHITECTURES, family.model_type, record)
     model, tokenizer = family.make(), make_tokenizer("llama")
     adapter = ModelAdapter.of(model)
+    keep_softmax_wide(monkeypatch)
     if family.windowless is not None:
         _assert_windows_matter(family, model, tokenizer)
     for site in family.sites:
