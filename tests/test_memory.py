@@ -115,6 +115,23 @@ def test_tokens_grow_with_free_memory(
     assert between == [between[0] << index for index in range(len(between))]
 
 
+@pytest.mark.parametrize("cost", [0.0, 1e9], ids=["several groups", "one"])
+def test_an_edits_graph_is_counted_right(
+    frozen: Tiny, cost: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where free memory begins to suffice for 256 tokens tells what one is said to
+    take."""
+    monkeypatch.setitem(suffixes._PASS_COST, "cpu", cost)
+    for rows in rows_of_edits(frozen):
+        chunk = chunk_of(frozen, [rows])
+        held, tokens = held_by_graph(chunk)
+        expected = 256 * held / tokens / memory._SHARE
+        with_free(monkeypatch, int(0.99 * expected))
+        assert affordable_tokens(chunk) == 128
+        with_free(monkeypatch, int(1.01 * expected))
+        assert affordable_tokens(chunk) == 256
+
+
 @pytest.mark.parametrize("free", [4 * 10**5, 10**6, 2 * 10**6])
 def test_what_is_promised_fits(
     frozen: Tiny, free: int, monkeypatch: pytest.MonkeyPatch

@@ -91,13 +91,12 @@ def job(folder: Path, ranks: Ranks) -> dict[str, Any]:
         asked.append((own.reads, own.writes))
 
     # A token of one edit only, in a model whose head is not tied to the embedding.
-    tokens = [{t for r in each for t in r.prefix + r.suffix} for each in rows_of_edits(
-        tokenizer
-    )]  # fmt: skip
+    rows = rows_of_edits(tokenizer)
+    tokens = [{t for row in each for t in row.prefix + row.suffix} for each in rows]
     others = set().union(*tokens[:BAD], *tokens[BAD + 1 :])
     embedding = model.get_input_embeddings().weight.data
-    row, good = min(tokens[BAD] - others), embedding.clone()
-    embedding[row] = float("nan")
+    good = embedding.clone()
+    embedding[min(tokens[BAD] - others)] = float("nan")
     with pytest.raises(NonFiniteError) as caught:
         targets()
     found["error"] = str(caught.value)
@@ -170,8 +169,7 @@ def test_every_process_has_what_one_alone_finds(
             assert same(mine["found"][name], found), (rank, name)
         assert mine["gathered"] == [f"of {each}" for each in range(world)]
         assert mine["is"] == [rank, world, rank, rank == 0]
-        shares = [len(range(rank, count, world)) for count in (2, 3, 5)]
-        first, second, all_of_them = shares
+        first, second, all_of_them = (len(range(rank, n, world)) for n in (2, 3, 5))
         assert mine["asked"] == [
             (2, first),
             (7, first + second),
@@ -201,6 +199,7 @@ def test_one_process_asks_nobody(alone: tuple[Path, dict[str, Any]]) -> None:
     assert same(found["found"]["afterwards"], found["found"]["two chunks"])
 
 
+@pytest.mark.slow
 def test_the_command_writes_and_answers_once(tmp_path: Path) -> None:
     place = make_workplace(tmp_path, "gpt2")
     budget = {"token-budget": 60}

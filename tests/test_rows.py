@@ -311,8 +311,8 @@ def test_rows_of_unlike_width_equal_the_plain_loop(
 ) -> None:
     size = sum(p.numel() for p in tiny64.adapter.block(0).parameters())
     monkeypatch.setitem(suffixes._PASS_COST, "cpu", cost * size)
-    settings = replace(SETTINGS[site], kl_prompts=("{} is a town that",))
-    settings = replace(settings, kl_position="end", steps=4)
+    stay = ("{} is a town that", "Some like {}")
+    settings = replace(SETTINGS[site], kl_prompts=stay, kl_position="end", steps=4)
     widths = []
 
     def hook(_: Any, __: Any, given: dict[str, Any], output: Any) -> None:

@@ -192,7 +192,6 @@ def test_recipes_with_the_same_target_settings_share_targets(
         save_file(held, path)
     expected = [1 + probability for probability in first]
     for method, changes in (
-        ("memit", {}),
         ("memit", {"preservation_weight": 3.0}),
         ("memit", {"layers": [1], "key_average": "clean"}),
         ("emmet", {"layers": [1]}),
@@ -201,7 +200,6 @@ def test_recipes_with_the_same_target_settings_share_targets(
         assert run(method, **changes) == (pytest.approx(expected), 0), (method, changes)
     for method, changes in (
         ("memit", {"layers": [0, 1, 2]}),
-        ("memit", {"clamp": 0.7}),
         ("rome", {"layers": [1]}),
     ):
         optimised, passes = run(method, **changes)
@@ -286,7 +284,6 @@ def test_whatever_changes_is_a_miss(tiny: Tiny, name: str, tmp_path: Path) -> No
     cache = TargetCache(tmp_path)
     optimized(tiny, cache, edits=EDITS[:2])
     before = {path: path.read_bytes() for path in files_in(tmp_path)}
-    assert len(before) == 2
     settings = replace(SETTINGS, **{name: FIELDS[name]} if name in FIELDS else {})
     changed: dict[str, Any] = {"edits": EDITS[:2], "settings": settings}
     changed |= CHANGES[name](tiny) if name in CHANGES else {}
@@ -331,21 +328,26 @@ def test_a_damaged_file_is_named_and_replaced(
     assert len(files_in(tmp_path)) == len(EDITS)
 
 
-def test_a_file_in_the_folders_place_is_an_error_that_names_it(
-    gpt2: Tiny, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
-        optimized(gpt2, TargetCache(tmp_path / "file"))
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 KEY = "ab" + 62 * "0"
 
 
 @pytest.fixture
 def held(gpt2: Tiny) -> Targets:
     return optimized(gpt2, edits=EDITS[:1])
+
+
+def test_what_stands_in_a_place_is_named_and_left(
+    gpt2: Tiny, held: Targets, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
+        optimized(gpt2, TargetCache(tmp_path / "file"))
+    path = TargetCache(tmp_path).file(KEY)
+    path.mkdir(parents=True)
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        TargetCache(tmp_path).put(KEY, held)
+    assert files_in(tmp_path) == {tmp_path / "file"} and path.is_dir()
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -428,7 +430,6 @@ def test_exact_fingerprint_is_that_of_equal_models(kind: str, tmp_path: Path) ->
     assert exact_fingerprint(copy.deepcopy(model).train()) == expected
     assert exact_fingerprint(copy.deepcopy(model).requires_grad_(False)) == expected
     assert exact_fingerprint(make_model(kind, seed=4)) != expected
-    assert exact_fingerprint(copy.deepcopy(model).double()) != expected
     assert exact_fingerprint(copy.deepcopy(model).bfloat16()) != expected
     for folder in (tmp_path / "one", tmp_path / "two"):
         model.save_pretrained(folder)  # which completes the config

@@ -155,7 +155,6 @@ FAMILIES = {
         "transformer.h.{}",
         "mlp.dense_4h_to_h",
         config={"alibi": False},
-        sites=("block_output",),
     ),
     "falcon-alibi": Family(
         "falcon",

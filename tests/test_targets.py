@@ -411,36 +411,42 @@ def test_most_probable_stop_counts_evaluations_from_first_to_last(
     assert reasons == {"steps", "hits", "loss"}
 
 
-def _beside(model: Any, kind: str) -> None:
-    """What block 0's attention says is added to block 2's output, past all between."""
+def _beside(model: Any, kind: str, token: int) -> None:
+    """In rows that have the token, what block 0's attention says is added to block 2's
+    output, past all that is between."""
+    having: list[Any] = []
     aside: list[Any] = []
 
     def add(_: Any, __: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden + (3 * aside.pop() if aside else 0)
+        hidden = hidden + (3 * aside.pop() * having[-1] if aside else 0)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def see(_: Any, __: Any, given: dict[str, Any]) -> None:
+        having.append((given["input_ids"] == token).any(1)[:, None, None])
 
     block = block_of(model, kind, 0)
     attention = block.attn if kind == "gpt2" else block.self_attn
+    model.register_forward_pre_hook(see, with_kwargs=True)
     attention.register_forward_hook(lambda _, __, output: aside.append(output[0]))
     block_of(model, kind, 2).register_forward_hook(add)
 
 
 def test_a_model_that_hands_on_more_than_hidden_states_is_refused(tiny: Tiny) -> None:
-    model = copy.deepcopy(tiny.model)
-    _beside(model, tiny.kind)
-    arguments = (tiny.tokenizer, EDITS[1:], CONTEXTS, LAYER, SETTINGS["block_output"])
+    model, edit = copy.deepcopy(tiny.model), EDITS[2]
+    (token,) = target_ids(tiny.tokenizer, "Carla", "Nunes")
+    _beside(model, tiny.kind, token)
+    adapter, settings = ModelAdapter.of(model), SETTINGS["mlp_output"]
+    arguments = (adapter, tiny.tokenizer, EDITS, CONTEXTS)
     with pytest.raises(UnsupportedModel, match="hand on more than") as caught:
-        optimize_targets(ModelAdapter.of(model), *arguments)
-    named = re.match(r"edit (\d) ", str(caught.value))
-    assert named and str(EDITS[1:][int(named[1])]) in str(caught.value)
+        optimize_targets(*arguments, LAYER, settings)
+    assert str(caught.value).startswith(f"edit 2 ({edit}): ")
     # From block 0 on everything runs: nothing is handed past what is left out.
-    edit, settings = EDITS[2], SETTINGS["mlp_output"]
-    adapter = ModelAdapter.of(model)
-    found = optimize_targets(adapter, tiny.tokenizer, [edit], CONTEXTS, 0, settings)
+    found = optimize_targets(*arguments, 0, settings)
     changed = Tiny(tiny.kind, model, tiny.tokenizer, {})
-    plain = plain_targets(changed, edit, settings, layer=0)
-    assert_equal_plain(found, 0, plain, 1e-4)
+    for index in (1, 2):
+        plain = plain_targets(changed, EDITS[index], settings, layer=0)
+        assert_equal_plain(found, index, plain, 1e-4)
 
 
 @pytest.mark.parametrize("budget", [None, 1])

@@ -224,26 +224,31 @@ def _edit_layer(
 ) -> tuple[RankKUpdate, Certificate]:
     """Solves one layer on the model as edited so far, and edits it."""
     average = recipe.key_average
-    keys = keys_at_subjects(adapter, tokenizer, edits, contexts, layer, average)
+    objective, factorization = prepared
+    # Where the factor is: a layer may be on another device.
+    device = factorization.factor.device
+    keys = keys_at_subjects(adapter, tokenizer, edits, contexts, layer, average).to(
+        device
+    )
     # The key that the current value belongs to; the same one, but in ROME's code.
     reached = keys
     if recipe.published_denominator:
-        reached = keys_at_subjects(adapter, tokenizer, edits, contexts, layer, "clean")
-    device = keys.device
+        reached = keys_at_subjects(
+            adapter, tokenizer, edits, contexts, layer, "clean"
+        ).to(device)
     if recipe.targets.site == "mlp_output":
         current = _value(adapter, layer, reached)
     else:
         last = recipe.layers[-1]
         current = hidden_at_subjects(adapter, tokenizer, edits, last).to(device)
     residuals = (targets.values.to(device, torch.float64) - current) / remaining
-    objective, factorization = prepared
     if recipe.published_denominator:
         residuals = _two_key_residuals(factorization, keys, reached, residuals)
     solution = solve(
         objective,
         keys=keys,
         residuals=residuals,
-        weight=adapter.matrix(layer).to(torch.float64),
+        weight=adapter.matrix(layer).to(device, torch.float64),
         factorization=factorization,
         names=[f"{e.text} → {e.target}" for e in edits],
     )
@@ -252,14 +257,15 @@ def _edit_layer(
     address = adapter.address(layer)
     with torch.no_grad():
         weight = adapter.weight(layer)
-        weight.copy_(added(weight.detach(), update, transposed=address.transposed))
+        here = update.to(device=weight.device)
+        weight.copy_(added(weight.detach(), here, transposed=address.transposed))
     return update.to(device="cpu"), solution.certificate
 
 
 def _value(adapter: ModelAdapter, layer: int, keys: Tensor) -> Tensor:
     """The down-projection's output [n, d_value] at keys, in float64."""
     bias = adapter.down_projection(layer).bias
-    values = keys @ adapter.matrix(layer).to(keys.dtype).T
+    values = keys @ adapter.matrix(layer).to(keys).T
     return values + bias.detach().to(keys) if isinstance(bias, Tensor) else values
 
 

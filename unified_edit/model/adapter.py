@@ -162,7 +162,14 @@ class ModelAdapter:
 
         Raises:
             NonFiniteError: naming the tensor.
+            UnsupportedModel: a weight is not in memory.
         """
+        away = [name for name, p in self.model.named_parameters() if p.is_meta]
+        if away:
+            raise UnsupportedModel(
+                f"{away[0]} is not in memory (offloaded to disk); load the model with "
+                "all weights on devices"
+            )
         if self._not_finite():
             raise NonFiniteError(self.why_not_finite())
 

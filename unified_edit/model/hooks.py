@@ -52,10 +52,11 @@ def add_first(hidden: Tensor, delta: Tensor) -> Tensor:
 
 @contextmanager
 def seeing(module: nn.Module, seen: dict[str, Any], name: str) -> Iterator[None]:
-    """Keeps what a module returns."""
+    """Keeps what a module returns, as it was then: some models go on in place."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen[name] = output
+        hidden = hidden_of(output).clone()
+        seen[name] = (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = module.register_forward_hook(hook)
     try:

@@ -81,7 +81,7 @@ class Chunk:
 
     Prefixes end in one column, as if padded on the left, so that distances are true
     where attention has a window. They ran padded on the right, where every position
-    attends to something, as some attention kernels need.
+    sees something, as some attention kernels need.
     """
 
     adapter: ModelAdapter
@@ -198,7 +198,7 @@ def run_whole(
             hooks.enter_context(_reading(adapter, layer, reads.rows, columns))
             output = adapter.model(
                 input_ids=whole.ids,
-                attention_mask=torch.cat([mask.to(whole.mask), whole.mask], dim=1),
+                attention_mask=_all_but_gaps(mask, whole.ids),
                 position_ids=whole.positions + sizes.to(whole.positions.device),
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -252,17 +252,22 @@ def _run_heads(
     if not any(heads):
         return []
     batch = pad(heads, adapter.device)
-    visible = batch.mask.clone()
-    visible[:, 0] = 1  # where a head is empty
     output = adapter.model(
         input_ids=batch.ids,
-        attention_mask=visible,
+        attention_mask=torch.ones_like(batch.ids),
         position_ids=batch.positions,
         past_key_values=DynamicCache(),
         use_cache=True,
         logits_to_keep=1,
     )
     return [(kept.keys, kept.values) for kept in _layers(output.past_key_values)]
+
+
+def _all_but_gaps(mask: Tensor, ids: Tensor) -> Tensor:
+    """The mask [rows, columns + width] of ids after a cache's columns. Padding on the
+    right may be seen: only other padding stands behind it, and a row that saw nothing
+    would be NaN for some attention kernels."""
+    return torch.cat([mask.to(ids), torch.ones_like(ids)], dim=1)
 
 
 def _layers(cache: Cache) -> list[Any]:
@@ -312,7 +317,7 @@ def as_buckets(chunk: Chunk, edits: Sequence[int]) -> list[Bucket]:
                 chunk=chunk,
                 edits=torch.tensor([row.edit for row in rows]),
                 ids=suffix.ids,
-                mask=torch.cat([mask.to(suffix.mask), suffix.mask], dim=1),
+                mask=_all_but_gaps(mask, suffix.ids),
                 positions=suffix.positions + before.to(suffix.positions.device),
                 cache=_cache(chunk, take, prefix),
                 entry=None if entry is None else _take(entry, take)[:, :width],
