@@ -19,8 +19,9 @@ from covariance_cache.errors import NonFiniteActivations, StatisticsError
 # the rounding inside one block's product, which is random and averages out (below 1e-7,
 # measured in tests/test_statistics_accumulator.py).
 _PANEL = 512
-_BLOCK_TOKENS = 8192
-"""Rows multiplied in one float32 product; bounds the rounding inside it."""
+_BLOCK_TOKENS = 1024
+"""Rows multiplied in one float32 product; bounds the rounding inside it, also where a
+processor's library adds them one after another."""
 
 
 class SecondMomentAccumulator:

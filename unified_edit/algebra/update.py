@@ -149,7 +149,8 @@ def added(weight: Tensor, update: RankKUpdate, *, transposed: bool) -> Tensor:
     out = torch.empty_like(weight)
     for start in range(0, weight.shape[0], _ROW_BLOCK):
         block = slice(start, start + _ROW_BLOCK)
-        out[block] = torch.addmm(weight[block].to(work), rows[block], columns)
+        # Not addmm: some libraries add the factors' products to the weight one by one.
+        out[block] = weight[block].to(work) + rows[block] @ columns
     if not bool(torch.isfinite(out).all()):
         raise NonFiniteError(
             f"weight + ΔW is not finite in {weight.dtype}; the weight or the update "
