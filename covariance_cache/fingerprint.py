@@ -72,7 +72,8 @@ def exact_fingerprint(model: nn.Module) -> str:
     for name in ("_name_or_path", "transformers_version"):
         settings.pop(name, None)
     attention = getattr(config, "_attn_implementation", None)
-    tensors = model.state_dict()
+    # Some buffers are in no state dict: rotary frequencies, rounded with the rest.
+    tensors = {**dict(model.named_buffers()), **model.state_dict()}
     # hashlib lets go of the interpreter's lock.
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_bytes_digest, tensors.values())

@@ -28,14 +28,13 @@ from model_kit import (
     make_tokenizer,
     mlp_of,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from covariance_cache.fingerprint import exact_fingerprint, model_fingerprint
 from unified_edit.engine import edit
-from unified_edit.errors import NonFiniteError
+from unified_edit.errors import NonFiniteError, UnifiedEditError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets, TargetSettings
 from unified_edit.model.prompts import Contexts
@@ -341,11 +340,11 @@ def test_what_stands_in_a_place_is_named_and_left(
     gpt2: Tiny, held: Targets, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
+    with pytest.raises(UnifiedEditError, match=re.escape(str(tmp_path / "file"))):
         optimized(gpt2, TargetCache(tmp_path / "file"))
     path = TargetCache(tmp_path).file(KEY)
     path.mkdir(parents=True)
-    with pytest.raises(OSError, match=re.escape(str(path))):
+    with pytest.raises(UnifiedEditError, match=re.escape(str(path))):
         TargetCache(tmp_path).put(KEY, held)
     assert files_in(tmp_path) == {tmp_path / "file"} and path.is_dir()
     assert (tmp_path / "file").read_text() == "mine"
@@ -361,7 +360,7 @@ def test_a_read_only_folder_serves_but_takes_nothing(
     for key, place in ((KEY, folder), (KEY[::-1], tmp_path)):
         place.chmod(0o500)
         assert_same_targets(cache.get(KEY), held)
-        with pytest.raises((OSError, SafetensorError), match="Permission denied"):
+        with pytest.raises(UnifiedEditError, match="Permission denied"):
             cache.put(key, held)
         place.chmod(0o700)
     assert files_in(tmp_path) == {cache.file(KEY)}
@@ -498,3 +497,30 @@ def test_exact_fingerprint_of_odd_tensors() -> None:
     found = {fingerprint_of(x=tensor) for tensor in others}
     found |= {fingerprint_of(), fingerprint_of(y=zero)}
     assert len(found) == len(others) + 2
+
+
+def test_exact_fingerprint_sees_buffers_that_are_never_saved(llama: Tiny) -> None:
+    """Rotary frequencies, rounded or rescaled, are in no state dict."""
+    model = copy.deepcopy(llama.model)
+    before = exact_fingerprint(model)
+    model.model.rotary_emb.inv_freq.mul_(2)
+    assert exact_fingerprint(model) != before
+
+
+def test_a_file_of_something_else_is_a_miss(tmp_path: Path) -> None:
+    cache = TargetCache(tmp_path)
+    good = Targets(
+        values=torch.ones(1, 3),
+        initial=torch.zeros(1, 3),
+        probability=torch.ones(1),
+        initial_probability=torch.ones(1),
+        steps=torch.ones(1, dtype=torch.long),
+    )
+    cache.put("ab", good)
+    found = cache.get("ab")
+    assert found is not None and torch.equal(found.values, good.values)
+    two = Targets(**{n: torch.cat([getattr(good, n)] * 2) for n in vars(good)})
+    for wrong in (replace(good, values=good.values * math.nan), two):
+        cache.put("ab", wrong)
+        with pytest.warns(UserWarning, match="cannot be used"):
+            assert cache.get("ab") is None

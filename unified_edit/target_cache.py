@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from unified_edit.errors import UnifiedEditError
 from unified_edit.model.descent import Targets
 
 
@@ -34,20 +37,28 @@ class TargetCache:
         if not path.exists():
             return None
         try:
-            return Targets(**load_file(path))
+            found = Targets(**load_file(path))
+            problem = _problem(found)
         except (OSError, SafetensorError, TypeError) as error:
-            warnings.warn(
-                f"{path}: cannot be read ({error}); these targets are optimised anew",
-                stacklevel=2,
-            )
-            return None
+            problem = str(error)
+        if not problem:
+            return found
+        warnings.warn(
+            f"{path}: cannot be used ({problem}); these targets are optimised anew",
+            stacklevel=2,
+        )
+        return None
 
     def put(self, key: str, targets: Targets) -> None:
-        """Keeps the targets of one edit; whole or not at all."""
+        """Keeps the targets of one edit; whole or not at all.
+
+        Raises:
+            UnifiedEditError: the folder cannot be written to.
+        """
         path = self.file(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(
                 {
                     name: getattr(targets, name).cpu().contiguous()
@@ -56,5 +67,20 @@ class TargetCache:
                 staged,
             )
             os.replace(staged, path)
+        except (OSError, SafetensorError) as error:
+            raise UnifiedEditError(
+                f"{path}: target values cannot be kept there: {error}; choose another "
+                "folder, or none"
+            ) from error
         finally:
-            staged.unlink(missing_ok=True)
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
+
+
+def _problem(targets: Targets) -> str:
+    """Why these cannot be the targets of one edit; empty if they can."""
+    sizes = {len(getattr(targets, name)) for name in Targets.__dataclass_fields__}
+    if sizes != {1} or targets.values.shape != targets.initial.shape:
+        return "not one edit's"
+    finite = torch.isfinite(targets.values).all() and torch.isfinite(targets.initial)
+    return "" if bool(finite.all()) else "not finite"

@@ -62,7 +62,10 @@ class TargetSettings:
             raise RecipeError("steps, learning_rate and clamp must be positive")
         if not (self.weight_decay >= 0 and self.kl_factor >= 0):
             raise RecipeError("weight_decay and kl_factor must not be negative")
-        if self.most_probable_stop is not None and self.most_probable_stop < 1:
+        if math.isnan(self.loss_threshold):
+            raise RecipeError("loss_threshold must be a number, 0 for no such rule")
+        stop = self.most_probable_stop
+        if stop is not None and not stop >= 1:
             raise RecipeError("most_probable_stop must be at least 1, or None")
         if any(prompt.count(SLOT) != 1 for prompt in self.kl_prompts):
             raise RecipeError("each of kl_prompts must have one slot {}")

@@ -26,9 +26,7 @@ from covariance_cache.capture import evaluating
 from covariance_cache.fingerprint import exact_fingerprint
 from covariance_cache.ranks import ALONE, Ranks
 from unified_edit.edits import Edit
-from unified_edit.errors import (
-    UnifiedEditError,
-)
+from unified_edit.errors import EditError, RecipeError, UnifiedEditError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Bar, Targets, TargetSettings, descend
 from unified_edit.model.memory import affordable_tokens
@@ -79,6 +77,10 @@ def optimize_targets(
         NonFiniteError: a loss is NaN or infinite; names the edit.
         UnsupportedModel: the model says something else when only suffixes run.
     """
+    if not edits:
+        raise EditError("there are no edits to optimise targets for")
+    if token_budget is not None and token_budget < 1:
+        raise RecipeError(f"token_budget must be at least 1, not {token_budget}")
     job = _Job.of(adapter, tokenizer, edits, contexts, layer, settings)
     keys = None if cache is None else job.keys()
     found: list[Targets | None] = [None] * len(edits)
