@@ -1,13 +1,15 @@
-"""What is looked at, changed or left out in one forward pass, and put back after it."""
+"""What is looked at, changed or left out in one forward pass, and put back after it.
+Each is a context manager."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class _Reached(Exception):
@@ -30,13 +32,8 @@ def stopping_at(module: nn.Module, handler: Callable[[Tensor], None]) -> Iterato
         handler(hidden_of(output))
         raise _Reached
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with suppress(_Reached), module.register_forward_hook(hook):
         yield
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -50,34 +47,24 @@ def add_first(hidden: Tensor, delta: Tensor) -> Tensor:
     return torch.cat([first.to(hidden.dtype), hidden[:, 1:]], dim=1)
 
 
-@contextmanager
-def seeing(module: nn.Module, seen: dict[str, Any], name: str) -> Iterator[None]:
+def seeing(module: nn.Module, seen: dict[str, Any], name: str) -> RemovableHandle:
     """Keeps what a module returns, as it was then: some models go on in place."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         hidden = hidden_of(output).clone()
         seen[name] = (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(hook)
 
 
-@contextmanager
-def adding(module: nn.Module, delta: Tensor) -> Iterator[None]:
+def adding(module: nn.Module, delta: Tensor) -> RemovableHandle:
     """Adds δ to the first position of what a module returns."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         changed = add_first(hidden_of(output), delta)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(hook)
 
 
 @contextmanager
@@ -106,18 +93,13 @@ def returning(
                 block.__dict__["forward"] = before
 
 
-@contextmanager
-def reading_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+def reading_at(head: nn.Module, rows: Tensor, columns: Tensor) -> RemovableHandle:
     """The head sees [1, reads, d] instead of all positions: a vocabulary is wide."""
 
     def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_picked(inputs[0], rows, columns), *inputs[1:])
 
-    handle = head.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return head.register_forward_pre_hook(hook)
 
 
 @contextmanager
@@ -139,15 +121,11 @@ def running_at(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Non
         index = (rows.to(output.device), columns.to(output.device))
         return zeros.index_put(index, output[0])
 
-    handles = [
+    with (
         module.register_forward_pre_hook(before),
         module.register_forward_hook(after),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _picked(hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

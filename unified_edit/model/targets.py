@@ -1,12 +1,8 @@
 """Target values: what an edit should make the model compute at the subject.
 
-All edits are optimised at once. δ enters at one position, the subject's last token,
-of one layer's output, so what stands before it never changes: its attention keys and
-values are computed once, and the loop runs only over the few tokens from the
-subject's end to the target's end.
-
-Source: Meng et al. 2022 (ROME), equation 4; Meng et al. 2023 (MEMIT), equation 16;
-the loss as the published code has it.
+Of all edits of a call: what a store has is taken, the others are cut into chunks,
+which processes may share. `suffixes` says what of the model runs, `descent` what is
+optimised.
 """
 
 from __future__ import annotations
@@ -81,7 +77,10 @@ def optimize_targets(
         raise EditError("there are no edits to optimise targets for")
     if token_budget is not None and token_budget < 1:
         raise RecipeError(f"token_budget must be at least 1, not {token_budget}")
-    job = _Job.of(adapter, tokenizer, edits, contexts, layer, settings)
+    kl_prompts = settings.kl_prompts if settings.kl_factor else ()
+    rows = make_rows(tokenizer, edits, contexts, kl_prompts, settings.kl_position)
+    check_rows(adapter, [row.prefix + row.suffix for each in rows for row in each])
+    job = _Job(adapter, edits, rows, layer, settings)
     keys = None if cache is None else job.keys()
     found: list[Targets | None] = [None] * len(edits)
     if cache is not None and keys is not None:
@@ -97,12 +96,12 @@ def optimize_targets(
             for place, index in enumerate(which):
                 cache.put(keys[index], fresh.select(place))
 
+    parts = [each for each in found if each is not None]
+    order = [index for index, each in enumerate(found) if each is not None] + missing
     if missing:
         with _frozen(adapter.model):
-            fresh = _optimize(job, missing, token_budget, ranks, progress, keep)
-        for place, index in enumerate(missing):
-            found[index] = fresh.select(place)
-    return _joined([each for each in found if each is not None])
+            parts.append(_optimize(job, missing, token_budget, ranks, progress, keep))
+    return _joined(parts).select(*torch.tensor(order).argsort().tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,21 +114,6 @@ class _Job:
     """Of each edit."""
     layer: int
     settings: TargetSettings
-
-    @classmethod
-    def of(
-        cls,
-        adapter: ModelAdapter,
-        tokenizer: Any,
-        edits: Sequence[Edit],
-        contexts: Contexts,
-        layer: int,
-        settings: TargetSettings,
-    ) -> _Job:
-        kl_prompts = settings.kl_prompts if settings.kl_factor else ()
-        rows = make_rows(tokenizer, edits, contexts, kl_prompts, settings.kl_position)
-        check_rows(adapter, [row.prefix + row.suffix for each in rows for row in each])
-        return cls(adapter, edits, rows, layer, settings)
 
     def keys(self) -> list[str]:
         """For each edit a digest of all that its targets depend on."""
