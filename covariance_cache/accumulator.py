@@ -22,13 +22,19 @@ _PANEL = 512
 _BLOCK_TOKENS = 1024
 """Rows multiplied in one float32 product; bounds the rounding inside it, also where a
 processor's library adds them one after another."""
+_HALF_BLOCK_TOKENS = 8192
+"""The same for half-precision keys on a GPU, whose products are so fast that adding
+them to the total would take as long."""
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class SecondMomentAccumulator:
     """Sums k kᵀ over keys k, uncentred, in one pass of whatever length.
 
-    Products are formed in `dtype`, totals are kept in float64. Batches may be split in
-    any way: the result differs by rounding alone, and not at all for the same batches.
+    Products are formed in `dtype`, totals are kept in float64. On a GPU half-precision
+    keys are multiplied as they are: their products are exact in float32, in which the
+    GPU adds them. Batches may be split in any way: the result differs by rounding
+    alone, and not at all for the same batches.
     """
 
     def __init__(
@@ -67,7 +73,6 @@ class SecondMomentAccumulator:
         """Where the totals are."""
         return self._total.device
 
-    @torch.no_grad()
     def update(self, keys: Tensor) -> None:
         """Adds the keys of some tokens.
 
@@ -79,6 +84,31 @@ class SecondMomentAccumulator:
             StatisticsError: wrong shape, device or dtype; nothing was added.
             NonFiniteActivations: NaN or infinity in a row; nothing was added.
         """
+        self._check_keys(keys)
+        if keys.numel() and not bool(is_finite(keys)):
+            row = first_bad_row(keys)
+            raise NonFiniteActivations(f"row {row} of the keys is not finite", row)
+        self.add(keys)
+
+    @torch.no_grad()
+    def add(self, keys: Tensor) -> None:
+        """`update` for keys that someone else checks to be finite: on a GPU it only
+        queues the work.
+
+        Raises:
+            StatisticsError: wrong shape, device or dtype; nothing was added.
+        """
+        self._check_keys(keys)
+        as_they_are = keys.is_cuda and keys.dtype in _HALF
+        size = _HALF_BLOCK_TOKENS if as_they_are else _BLOCK_TOKENS
+        with _full_precision():
+            for block in torch.split(keys, size):
+                block = block if as_they_are else block.to(self.dtype)
+                for start, stop, panel in self._panels:
+                    panel += _product(block[:, start:stop].T, block[:, start:])
+        self.count += keys.shape[0]
+
+    def _check_keys(self, keys: Tensor) -> None:
         if keys.ndim != 2 or keys.shape[1] != self.d_key:
             raise StatisticsError(
                 f"keys must be [tokens, {self.d_key}], got {list(keys.shape)}"
@@ -92,13 +122,6 @@ class SecondMomentAccumulator:
                 f"keys are {keys.dtype}, which would be rounded to {self.dtype}; "
                 "make the accumulator with dtype=torch.float64"
             )
-        keys = keys.to(self.dtype)
-        _check_finite(keys)
-        with _full_precision():
-            for block in torch.split(keys, _BLOCK_TOKENS):
-                for start, stop, panel in self._panels:
-                    panel += block[:, start:stop].T @ block[:, start:]
-        self.count += keys.shape[0]
 
     def merge(self, other: SecondMomentAccumulator) -> None:
         """Adds what `other` has seen, as if its keys had been given to this one."""
@@ -118,26 +141,53 @@ class SecondMomentAccumulator:
             StatisticsError: no key was given.
             NonFiniteActivations: the squares overflow `dtype`.
         """
+        return self._mean(self._total.clone())
+
+    def finish(self) -> tuple[Tensor, int]:
+        """`freeze` in the total's own memory, which is lost: no second matrix is made
+        for a float32 mean. The accumulator is of no use afterwards."""
+        return self._mean(self._total)
+
+    def _mean(self, total: Tensor) -> tuple[Tensor, int]:
         if not self.count:
             raise StatisticsError("no keys were accumulated, so there is no mean")
-        mean = self._total.new_empty(self.d_key, self.d_key, dtype=self.dtype)
+        size, narrow = self.d_key, self.dtype == torch.float32
+        # The float32 matrix fits where the float64 panels were: first all panels are
+        # narrowed towards the front, then, from the last, spread to their own rows.
+        flat = total.view(torch.float32) if narrow else total.new_empty(size * size)
+        spread: list[tuple[int, int, int, int]] = []
+        begin = 0
         for start, stop, panel in self._panels:
-            rows = (panel / self.count).to(self.dtype)
+            end = begin + panel.numel()
+            rows = (total[begin:end] / self.count).to(self.dtype)
+            (flat if narrow else total)[begin:end] = rows
+            spread.append((start, stop, begin, end))
+            begin = end
+        source = flat if narrow else total
+        mean = flat[: size * size].view(size, size)
+        for start, stop, begin, end in reversed(spread):
+            rows = source[begin:end].clone().view(stop - start, size - start)
+            if not bool(torch.isfinite(rows).all()):
+                raise NonFiniteActivations(
+                    f"the keys are finite, but products of them overflow {self.dtype}; "
+                    "accumulate with dtype=torch.float64"
+                )
             corner = rows[:, : stop - start].triu()
             mean[start:stop, start:] = rows
-            mean[start:, start:stop] = rows.T
             mean[start:stop, start:stop] = corner + corner.triu(1).T
-        if not bool(torch.isfinite(mean).all()):
-            raise NonFiniteActivations(
-                f"the keys are finite, but products of them overflow {self.dtype}; "
-                "accumulate with dtype=torch.float64"
-            )
+        for start, stop, *_ in spread:
+            mean[stop:, start:stop] = mean[start:stop, stop:].T
         return mean, self.count
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` needs to go on from here. `total` is the live buffer, not
         a copy: write it before the next update."""
         return {"total": self._total, "count": torch.tensor(self.count)}
+
+    def clear(self) -> None:
+        """Forgets all keys."""
+        self._total.zero_()
+        self.count = 0
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes the place of an accumulator of the same width.
@@ -156,14 +206,23 @@ class SecondMomentAccumulator:
         self.count = int(count)
 
 
-def _check_finite(keys: Tensor) -> None:
-    # One reduction without a mask of the keys' size; a NaN or an infinity survives it.
-    if bool(torch.isfinite(keys.sum())):
-        return
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.dtype in _HALF:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+def is_finite(keys: Tensor) -> Tensor:
+    """Whether all of some keys are finite, as a tensor on their device: no waiting."""
+    # One pass that makes no mask of the keys' size; NaN and infinity both survive it.
+    smallest, largest = keys.aminmax()
+    return torch.isfinite(smallest) & torch.isfinite(largest)
+
+
+def first_bad_row(keys: Tensor) -> int | None:
+    """Index of the first row [tokens, d_key] that is not finite."""
     bad = ~torch.isfinite(keys).all(dim=1)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise NonFiniteActivations(f"row {row} of the keys is not finite", row)
+    return int(bad.nonzero()[0]) if bool(bad.any()) else None
 
 
 @contextmanager

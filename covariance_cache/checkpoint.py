@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from covariance_cache.accumulator import SecondMomentAccumulator
 from covariance_cache.corpus import Cursor
 from covariance_cache.errors import StatisticsError, StatisticsMismatch
+from covariance_cache.layer import LayerSums
 from covariance_cache.store import read_file, write_file
 
-_FORMAT = "covariance_cache/checkpoint/1"
+_FORMAT = "covariance_cache/checkpoint/2"
 
 
 class Checkpoint:
@@ -34,7 +34,7 @@ class Checkpoint:
         self.path = path
         self.settings = dict(settings)
 
-    def read(self, sums: Mapping[int, SecondMomentAccumulator]) -> Cursor:
+    def read(self, sums: Mapping[int, LayerSums]) -> Cursor:
         """Fills `sums` from the file and returns its cursor; does nothing and returns
         a cursor at the start if there is no file.
 
@@ -59,12 +59,17 @@ class Checkpoint:
         if header.get("digest") != _digest(header.get("cursor"), tensors):
             raise StatisticsError(f"{self.path} is damaged; remove the file")
         for layer, each in sums.items():
-            each.load_state({name: tensors[f"{layer}/{name}"] for name in each.state()})
+            start = f"{layer}/"
+            each.load_state(
+                {
+                    name.removeprefix(start): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(start)
+                }
+            )
         return Cursor(**header["cursor"])
 
-    def write(
-        self, sums: Mapping[int, SecondMomentAccumulator], cursor: Cursor
-    ) -> None:
+    def write(self, sums: Mapping[int, LayerSums], cursor: Cursor) -> None:
         """Replaces the file by this state."""
         tensors = {
             f"{layer}/{name}": tensor.cpu()
@@ -88,5 +93,5 @@ def _digest(cursor: Any, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(cursor, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].contiguous().numpy().data)
     return digest.hexdigest()

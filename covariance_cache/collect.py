@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from covariance_cache.accumulator import SecondMomentAccumulator
-from covariance_cache.capture import capture_inputs, captured_inputs, evaluating
+from covariance_cache.capture import evaluating
 from covariance_cache.checkpoint import Checkpoint
 from covariance_cache.corpus import Cursor, Documents, Window, packed_windows
 from covariance_cache.errors import (
@@ -21,8 +20,11 @@ from covariance_cache.errors import (
     NonFiniteActivations,
     StatisticsError,
 )
+from covariance_cache.feeder import Feeder, sample_keys
 from covariance_cache.fingerprint import model_fingerprint, tokenizer_fingerprint
+from covariance_cache.layer import LayerSums
 from covariance_cache.modules import key_modules
+from covariance_cache.ranks import ALONE, Ranks
 from covariance_cache.statistics import KeyStatistics, Provenance, library_version
 
 TOKENS_PER_DIMENSION = 10
@@ -42,6 +44,8 @@ def collect(
     field: str = "text",
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 100,
+    probes: int = 32,
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> dict[int, KeyStatistics]:
     """Mean second moments of the keys of `layers`, from one pass over the text.
@@ -66,6 +70,12 @@ def collect(
             keep; removed once all is collected. On the CPU an interrupted and resumed
             collection ends bit-identical to an uninterrupted one.
         checkpoint_every: batches between checkpoints.
+        probes: keys for which the adequacy report compares the solutions of half the
+            tokens and of all of them; 0 for no report, which saves two Cholesky
+            factorizations of each layer, in float64.
+        ranks: processes that share the text, each with the same model and arguments
+            (`joined`); all return the result. The first keeps the checkpoint, which a
+            collection by another number of processes may continue.
         progress: show a bar.
 
     Returns:
@@ -82,6 +92,8 @@ def collect(
         CorpusExhausted: the text ended before `tokens`; `count` says what was read.
     """
     _check_settings(model, tokens, window, batch_size, checkpoint_every)
+    if probes < 0:
+        raise StatisticsError(f"probes must be at least 0, got {probes}")
     documents = Documents(corpus, field=field, seed=seed)
     names = key_modules(model, layers)
     settings: dict[str, Any] = {
@@ -92,39 +104,58 @@ def collect(
         "library_version": library_version(),
     }
     with evaluating(model), torch.no_grad():
-        samples = _sample_keys(model, names)
-        sums = {layer: _empty_sum(sample) for layer, sample in samples.items()}
-        dtypes = {layer: str(each.dtype)[6:] for layer, each in samples.items()}
+        sums = {
+            layer: LayerSums(sample, probes if ranks.first else 0)
+            for layer, sample in sample_keys(model, names).items()
+        }
+        _check_devices(sums, ranks)
+        dtypes = {layer: str(each.key_dtype)[6:] for layer, each in sums.items()}
         if tokens is None:
-            tokens = TOKENS_PER_DIMENSION * max(each.d_key for each in sums.values())
+            widest = max(each.moment.d_key for each in sums.values())
+            tokens = TOKENS_PER_DIMENSION * widest
         checkpoint = None
         cursor = Cursor()
         if checkpoint_dir is not None:
             checkpoint = Checkpoint(
                 Path(checkpoint_dir) / Checkpoint.NAME,
                 settings
-                | {"tokens": tokens, "batch_size": batch_size}
+                | {"tokens": tokens, "batch_size": batch_size, "probes": probes}
                 | {f"module of layer {layer}": name for layer, name in names.items()}
                 | {f"dtype of layer {layer}": name for layer, name in dtypes.items()},
             )
-            cursor = checkpoint.read(sums)
+            # One process reads and writes the file; it may be another machine's.
+            cursor = ranks.gather(checkpoint.read(sums) if ranks.first else None)[0]
+        feeder = Feeder(model, names, sums, documents)
         windows = packed_windows(
             tokenizer, documents, length=window, budget=tokens, start=cursor
         )
+        since = 0  # batches since the sums were last brought together
         with tqdm(
             total=tokens,
             initial=cursor.used,
             desc=f"collecting key statistics of {len(names)} layer(s)",
             unit="token",
             unit_scale=True,
-            disable=not progress,
+            disable=not (progress and ranks.first),
         ) as bar:
-            for number, batch in enumerate(_batches(windows, batch_size), start=1):
-                _add_batch(model, names, sums, batch, documents)
+            for batch in _batches(windows, batch_size):
+                if since % ranks.world == ranks.rank:
+                    feeder.feed(batch)
+                since += 1
                 bar.update(batch[-1].end.used - cursor.used)
+                halved = 2 * cursor.used < tokens <= 2 * batch[-1].end.used
                 cursor = batch[-1].end
-                if checkpoint is not None and number % checkpoint_every == 0:
-                    checkpoint.write(sums, cursor)
+                due = checkpoint is not None and since == checkpoint_every
+                if halved or due:
+                    _gather(feeder, sums, ranks)
+                if halved:
+                    for each in sums.values():
+                        each.halve()
+                if due:
+                    since = 0
+                    if checkpoint is not None and ranks.first:
+                        checkpoint.write(sums, cursor)
+            _gather(feeder, sums, ranks)
     if not cursor.used:
         raise CorpusError("the text holds no tokens, so nothing was collected")
     if cursor.used < tokens:
@@ -135,21 +166,40 @@ def collect(
         )
     collected = {}
     for layer, name in names.items():
+        each = sums[layer]
+        each.share(ranks)
         try:
-            # Popped, so that sums and means of all layers are never held together.
-            second_moment, count = sums.pop(layer).freeze()
+            second_moment, count = each.finish()
         except NonFiniteActivations as error:
             raise NonFiniteActivations(f"layer {layer} ({name}): {error}") from error
+        adequacy = ranks.gather(each.measure(second_moment, count))[0]
         provenance = Provenance(
             **settings,
             module=name,
             model_dtype=dtypes[layer],
             corpus_fingerprint=cursor.token_digest,
         )
-        collected[layer] = KeyStatistics(layer, second_moment, count, provenance)
-    if checkpoint is not None:
+        collected[layer] = KeyStatistics(
+            layer, second_moment, count, provenance, adequacy
+        )
+    if checkpoint is not None and ranks.first:
         checkpoint.remove()
     return collected
+
+
+def _gather(feeder: Feeder, sums: Mapping[int, LayerSums], ranks: Ranks) -> None:
+    feeder.settle()
+    for each in sums.values():
+        each.gather(ranks)
+
+
+def _check_devices(sums: Mapping[int, LayerSums], ranks: Ranks) -> None:
+    devices = {each.moment.device for each in sums.values()}
+    if ranks.world > 1 and len(devices) > 1:
+        raise StatisticsError(
+            "processes that share a text must each hold the edited layers on one "
+            f"device; here they are on {', '.join(sorted(map(str, devices)))}"
+        )
 
 
 def _check_settings(
@@ -176,38 +226,6 @@ def _check_settings(
         )
 
 
-def _sample_keys(model: nn.Module, names: Mapping[int, str]) -> dict[int, Tensor]:
-    """One key of each layer, [1, 1, d_key]: width, dtype and device, whatever the
-    module's type. Also finds out, before the long pass, what is never reached."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=_input_device(model))
-    inputs = captured_inputs(model, names.values(), lambda: _run(model, ids))
-    return {layer: inputs[name] for layer, name in names.items()}
-
-
-def _empty_sum(sample: Tensor) -> SecondMomentAccumulator:
-    dtype = torch.promote_types(sample.dtype, torch.float32)
-    return SecondMomentAccumulator(sample.shape[-1], dtype, sample.device)
-
-
-def _run(model: nn.Module, ids: Tensor) -> None:
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-
-
-def _check_vocabulary(model: nn.Module, largest: int) -> None:
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    size = getattr(embeddings, "num_embeddings", None)
-    if size is not None and largest >= size:
-        raise CorpusError(
-            f"the tokenizer made token id {largest}, but {type(model).__name__} has "
-            f"{size} embeddings; is it this model's tokenizer?"
-        )
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
-
-
 def _batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
     """Up to `size` windows of one length, so that a batch has no pads."""
     batch: list[Window] = []
@@ -221,35 +239,3 @@ def _batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
             batch = []
     if batch:
         yield batch
-
-
-def _add_batch(
-    model: nn.Module,
-    names: Mapping[int, str],
-    sums: Mapping[int, SecondMomentAccumulator],
-    batch: list[Window],
-    documents: Documents,
-) -> None:
-    """One forward, stopped after the last layer; its keys go into the sums at once."""
-    layers = {name: layer for layer, name in names.items()}
-    ids = torch.tensor([window.ids for window in batch])
-    _check_vocabulary(model, int(ids.max()))
-    ids = ids.to(_input_device(model))
-
-    def add(name: str, keys: Tensor) -> None:
-        try:
-            sums[layers[name]].update(keys.flatten(0, -2))
-        except NonFiniteActivations as error:
-            row, position = divmod(error.row or 0, ids.shape[1])
-            end = batch[row].end
-            raise NonFiniteActivations(
-                f"layer {layers[name]} ({name}): the first key that is not "
-                f"finite is at token {position} of the "
-                f"window of {ids.shape[1]} that ends {end.token} tokens into "
-                f"{documents.where(end.opened - 1)}; check the model's "
-                "weights, or load it in a wider dtype",
-                error.row,
-            ) from error
-
-    with capture_inputs(model, names.values(), add):
-        _run(model, ids)

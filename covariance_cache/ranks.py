@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,17 @@ class Ranks:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, mine)
         return found
+
+    def reduce(self, tensor: Tensor) -> None:
+        """Sums a tensor over the processes, in place, for the first; what the others'
+        holds afterwards is undefined. On the device that the process works on."""
+        if self.world > 1:
+            dist.reduce(tensor, dst=0)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Copies the first process's tensor into the others'."""
+        if self.world > 1:
+            dist.broadcast(tensor, src=0)
 
 
 ALONE = Ranks()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from covariance_cache.adequacy import Adequacy, measure
 from covariance_cache.errors import StatisticsError
+from covariance_cache.shrinkage import Shrinkage
 
 _ROWS = 1024
 _ASYMMETRY = 1e-5
@@ -46,6 +49,15 @@ class Provenance:
     """Dtype of the keys as the model computed them."""
     library_version: str = "unknown"
     """Version of this package at collection."""
+    origin: str | None = None
+    """Where they come from if they were not collected by this package."""
+    parts: tuple[str, ...] = ()
+    """Corpus fingerprints of the collections that these were merged from."""
+
+    @classmethod
+    def from_header(cls, fields: Mapping[str, Any]) -> Provenance:
+        """From the plain data of a file's header."""
+        return cls(**{**fields, "parts": tuple(fields.get("parts", ()))})
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +77,13 @@ class KeyStatistics:
     """Keys (token positions) it is the mean of."""
     provenance: Provenance
     """What it was collected from."""
+    adequacy: Adequacy | None = None
+    """What its tokens bought, as measured when it was collected."""
+    shrinkage: Shrinkage = Shrinkage()
+    """What `regularized` mixes in. Files never hold a shrunk matrix."""
+    accepted_mismatch: str | None = None
+    """Why these are not the statistics of the model they are used for, where that was
+    accepted explicitly."""
 
     def __post_init__(self) -> None:
         matrix, where = self.second_moment, f"second moment of layer {self.layer}"
@@ -102,11 +121,45 @@ class KeyStatistics:
         """Width of the keys."""
         return self.second_moment.shape[0]
 
+    def shrunk(self, shrinkage: Shrinkage | str) -> KeyStatistics:
+        """The same statistics, to be used with another shrinkage; the matrix is shared.
+
+        Raises:
+            StatisticsError: not a shrinkage (`Shrinkage.parse`).
+        """
+        if isinstance(shrinkage, str):
+            shrinkage = Shrinkage.parse(shrinkage)
+        return replace(self, shrinkage=shrinkage)
+
+    def regularized(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """A new [d_key, d_key]: the second moment, shrunk as `shrinkage` says."""
+        scale, shift = self.shrinkage.weights(self.second_moment, self.count)
+        matrix = self.second_moment.to(device, dtype, copy=True)
+        if scale != 1:
+            matrix *= scale
+        matrix.diagonal().add_(shift)
+        return matrix
+
+    def measured(self) -> Adequacy:
+        """What the tokens bought: as measured at collection, or else measured now,
+        without what only a collection sees."""
+        return self.adequacy or measure(self.second_moment, self.count)
+
     def fingerprint(self) -> str:
-        """SHA-256 of the matrix, count, layer and provenance."""
+        """SHA-256 of the matrix, count, layer, provenance and shrinkage."""
         digest = hashlib.sha256(
             json.dumps(
-                [self.layer, self.count, self.d_key, asdict(self.provenance)],
+                [
+                    self.layer,
+                    self.count,
+                    self.d_key,
+                    asdict(self.provenance),
+                    str(self.shrinkage),
+                ],
                 sort_keys=True,
             ).encode()
         )

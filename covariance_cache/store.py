@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from covariance_cache.adequacy import Adequacy
 from covariance_cache.errors import StatisticsError, StatisticsMismatch
 from covariance_cache.fingerprint import model_fingerprint, tokenizer_fingerprint
 from covariance_cache.modules import key_width
+from covariance_cache.shrinkage import Shrinkage
 from covariance_cache.statistics import KeyStatistics, Provenance
 
 FORMAT = "covariance_cache/statistics/1"
+_PACKED = "upper_triangle"
 _NAME = re.compile(r"layer-(\d+)\.safetensors")
 
 
@@ -88,18 +91,29 @@ class StatisticsStore:
         matches = (_NAME.fullmatch(entry.name) for entry in self.path.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def save(self, statistics: KeyStatistics) -> Path:
+    def save(self, statistics: KeyStatistics, *, packed: bool = False) -> Path:
         """Writes one layer's file, in place of an earlier one; the folder is made if
-        need be. Same content, same bytes."""
+        need be. Same content, same bytes. A shrinkage is not written: it is chosen
+        when the statistics are used.
+
+        Args:
+            packed: write one triangle only: half the bytes.
+        """
         path = self.file(statistics.layer)
+        matrix = statistics.second_moment
+        name, tensor = (_PACKED, pack(matrix)) if packed else ("second_moment", matrix)
         header = {
             "format": FORMAT,
             "layer": statistics.layer,
             "count": statistics.count,
             "d_key": statistics.d_key,
+            "normalization": "mean",
+            "dtype": str(matrix.dtype).removeprefix("torch."),
+            "packed": packed,
             "provenance": asdict(statistics.provenance),
+            "adequacy": statistics.adequacy and asdict(statistics.adequacy),
         }
-        write_file(path, {"second_moment": statistics.second_moment}, header)
+        write_file(path, {name: tensor}, header)
         return path
 
     def header(self, layer: int) -> dict[str, Any]:
@@ -114,34 +128,60 @@ class StatisticsStore:
         """
         header, tensors = self._read(layer, tensors=True)
         try:
+            adequacy = header.get("adequacy")
+            matrix = (
+                unpack(tensors[_PACKED], header["d_key"])
+                if header.get("packed")
+                else tensors["second_moment"]
+            )
             return KeyStatistics(
                 layer=header["layer"],
-                second_moment=tensors["second_moment"],
+                second_moment=matrix,
                 count=header["count"],
-                provenance=Provenance(**header["provenance"]),
+                provenance=Provenance.from_header(header["provenance"]),
+                adequacy=adequacy and Adequacy(**adequacy),
             )
         except (KeyError, TypeError, StatisticsError) as error:
             raise StatisticsError(f"{self.file(layer)}: {error}") from error
 
     def load(
-        self, model: nn.Module, layers: Iterable[int], tokenizer: Any = None
-    ) -> dict[int, KeyStatistics]:
-        """Statistics of these layers, if they are this model's (and tokenizer's).
+        self,
+        model: nn.Module,
+        layers: Iterable[int],
+        tokenizer: Any = None,
+        *,
+        shrinkage: Shrinkage | str = "none",
+        accept_mismatch: bool = False,
+    ) -> Mapping[int, KeyStatistics]:
+        """Statistics of these layers, if they are this model's (and tokenizer's). The
+        headers are read now, a layer's matrix when it is asked for.
+
+        Args:
+            shrinkage: with which to use them (`Shrinkage`).
+            accept_mismatch: take another model's or tokenizer's statistics, of the
+                same widths, all the same. What was accepted goes into the statistics'
+                `accepted_mismatch`, and into every update made with them.
 
         Raises:
             StatisticsError: a layer has no file, or a damaged one.
             StatisticsMismatch: collected on another model, with another tokenizer, or
                 on a module of another width; both sides are named.
         """
+        if isinstance(shrinkage, str):
+            shrinkage = Shrinkage.parse(shrinkage)
         live = model_fingerprint(model)
         words = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
-        loaded = {}
+        accepted: dict[int, str | None] = {}
         for layer in layers:
-            # The header is checked first: a wrong matrix may be gigabytes.
             header = self.header(layer)
-            self._check(header, model, live, words)
-            loaded[layer] = self.open(layer)
-        return loaded
+            self._check_width(header, model)
+            accepted[layer] = self._mismatch(header, live, words)
+            if accepted[layer] and not accept_mismatch:
+                raise StatisticsMismatch(
+                    f"{self.file(layer)} {accepted[layer]}; collect statistics of this "
+                    "model with this tokenizer, or accept the mismatch explicitly"
+                )
+        return LoadedStatistics(self, accepted, shrinkage)
 
     def _read(
         self, layer: int, *, tensors: bool
@@ -159,26 +199,91 @@ class StatisticsStore:
             )
         return header, found
 
-    def _check(
-        self,
-        header: Mapping[str, Any],
-        model: nn.Module,
-        live: str,
-        words: str | None,
-    ) -> None:
-        path, kept = self.file(header["layer"]), Provenance(**header["provenance"])
-        module = dict(model.named_modules()).get(kept.module)
+    def _check_width(self, header: Mapping[str, Any], model: nn.Module) -> None:
+        path, name = self.file(header["layer"]), header["provenance"]["module"]
+        module = dict(model.named_modules()).get(name)
         width = None if module is None else key_width(module)
-        if kept.model_fingerprint != live or width not in (None, header["d_key"]):
+        if width not in (None, header["d_key"]):
             raise StatisticsMismatch(
-                f"{path} was collected on model {kept.model_fingerprint[:12]} "
-                f"(d_key {header['d_key']} at {kept.module}), this model is "
-                f"{live[:12]} (d_key {width or 'unknown'} there); collect "
-                "statistics of this model"
+                f"{path} holds keys of {header['d_key']} dimensions, {name} of this "
+                f"model takes {width}; collect statistics of this model"
+            )
+
+    def _mismatch(
+        self, header: Mapping[str, Any], live: str, words: str | None
+    ) -> str | None:
+        kept = Provenance.from_header(header["provenance"])
+        if kept.model_fingerprint != live:
+            return (
+                f"was collected on model {kept.model_fingerprint[:12]}, this model is "
+                f"{live[:12]}"
             )
         if words is not None and kept.tokenizer_fingerprint not in (None, words):
-            raise StatisticsMismatch(
-                f"{path} was collected with tokenizer "
-                f"{kept.tokenizer_fingerprint[:12]}, this tokenizer is {words[:12]}; "
-                "collect statistics with this tokenizer"
+            return (
+                f"was collected with tokenizer {kept.tokenizer_fingerprint[:12]}, this "
+                f"tokenizer is {words[:12]}"
             )
+        return None
+
+
+class LoadedStatistics(Mapping[int, KeyStatistics]):
+    """Layers of a store that were checked against a model; each is read when it is
+    first asked for, and kept."""
+
+    def __init__(
+        self,
+        store: StatisticsStore,
+        accepted: Mapping[int, str | None],
+        shrinkage: Shrinkage,
+    ) -> None:
+        self._store = store
+        self._accepted = dict(accepted)
+        self._shrinkage = shrinkage
+        self._opened: dict[int, KeyStatistics] = {}
+
+    def __getitem__(self, layer: int) -> KeyStatistics:
+        if layer not in self._opened:
+            self._opened[layer] = replace(
+                self._store.open(layer),
+                shrinkage=self._shrinkage,
+                accepted_mismatch=self._accepted[layer],
+            )
+        return self._opened[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._accepted)
+
+    def __len__(self) -> int:
+        return len(self._accepted)
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """The upper triangle [d, d] → [d (d + 1) / 2], row after row."""
+    size = matrix.shape[0]
+    packed = matrix.new_empty(size * (size + 1) // 2)
+    begin = 0
+    for row in range(size):
+        packed[begin : begin + size - row] = matrix[row, row:]
+        begin += size - row
+    return packed
+
+
+def unpack(packed: Tensor, size: int) -> Tensor:
+    """The symmetric matrix [d, d] of a packed triangle.
+
+    Raises:
+        StatisticsError: not a triangle of this size.
+    """
+    if packed.shape != (size * (size + 1) // 2,):
+        raise StatisticsError(
+            f"the packed triangle holds {list(packed.shape)} numbers, d_key {size} "
+            f"needs {size * (size + 1) // 2}"
+        )
+    matrix = packed.new_empty(size, size)
+    begin = 0
+    for row in range(size):
+        part = packed[begin : begin + size - row]
+        matrix[row, row:] = part
+        matrix[row:, row] = part
+        begin += size - row
+    return matrix

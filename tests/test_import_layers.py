@@ -91,7 +91,11 @@ EXTRA = {
     "unified_edit.algebra.linalg": {"scipy"},
     "unified_edit.algebra.update": {"safetensors"},
     "unified_edit.target_cache": {"safetensors"},
-    "covariance_cache.__main__": {"typer", "rich", "transformers"},
+    "covariance_cache.__main__": {"typer", "transformers"},
+    "covariance_cache.adequacy": {"scipy"},
+    "covariance_cache.display": {"rich"},
+    "covariance_cache.hub": {"datasets"},
+    "covariance_cache.spectrum": {"matplotlib"},
 }
 """What single modules may import beyond their row."""
 

@@ -69,6 +69,16 @@ def edit(
         typer.Option("--set", help="A setting as key=value; may be repeated."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the contexts.", min=0)] = 0,
+    shrinkage: Annotated[
+        str, typer.Option(help="Of the statistics: none, oas or ridge:0.01.")
+    ] = "none",
+    accept_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--accept-mismatch",
+            help="Use statistics of another model or tokenizer; the update says so.",
+        ),
+    ] = False,
     target_cache: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps optimised targets for the next time."),
@@ -122,7 +132,13 @@ def edit(
             tokenizer,
             chosen_edits,
             chosen,
-            store.load(loaded, chosen.layers, tokenizer),
+            store.load(
+                loaded,
+                chosen.layers,
+                tokenizer,
+                shrinkage=shrinkage,
+                accept_mismatch=accept_mismatch,
+            ),
             seed=seed,
             token_budget=token_budget,
             target_cache=None if target_cache is None else TargetCache(target_cache),

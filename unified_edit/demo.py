@@ -112,10 +112,10 @@ def _one_model(
     if preset is None:
         raise EditError(f"{base}: no preset in unified_edit.recipes is made for it")
     store = StatisticsStore(out / f"{base.name}-statistics")
-    statistics = world_statistics(model, tokenizer, world, preset)
-    for each in statistics.values():
+    collected = world_statistics(model, tokenizer, world, preset)
+    for each in collected.values():
         store.save(each)
-    statistics = store.load(model, statistics, tokenizer)
+    statistics = store.load(model, collected, tokenizer)
 
     shown = records[:5]
     before = _completions(model, tokenizer, shown)

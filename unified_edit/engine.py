@@ -21,6 +21,7 @@ from covariance_cache import KeyStatistics
 from covariance_cache.capture import evaluating
 from covariance_cache.fingerprint import model_fingerprint
 from covariance_cache.ranks import ALONE, Ranks
+from covariance_cache.shrinkage import Shrinkage
 from covariance_cache.statistics import library_version
 from unified_edit.algebra.certificate import Certificate
 from unified_edit.algebra.factorization import Factorization, factorize
@@ -72,8 +73,7 @@ def prepare(
     _check_present(recipe, statistics)
     layers = {}
     for layer in recipe.layers:
-        moment = statistics[layer].second_moment.to(device, torch.float64)
-        objective = recipe.objective(moment)
+        objective = recipe.objective(statistics[layer].regularized(device))
         layers[layer] = (objective, factorize(objective.preservation))
     prints = {layer: statistics[layer].fingerprint() for layer in recipe.layers}
     return Prepared(recipe, prints, layers)
@@ -195,13 +195,19 @@ def edit(
         origin=recipe.origin,
         outcomes=outcomes,
         certificates=certificates,
-        notes=notes_on(recipe, outcomes, certificates),
+        notes=notes_on(recipe, outcomes, certificates, statistics),
         seconds=seconds,
     )
     metadata = {
         "base_fingerprint": fingerprint,
         "recipe": recipe.as_dict(),
         "statistics": {str(k): v for k, v in prepared.statistics.items()},
+        "shrinkage": {str(k): str(statistics[k].shrinkage) for k in recipe.layers},
+        "accepted_mismatches": {
+            str(k): statistics[k].accepted_mismatch
+            for k in recipe.layers
+            if statistics[k].accepted_mismatch
+        },
         "contexts": list(contexts.templates),
         "seed": seed,
         "edits": [e.as_dict() for e in edits],
@@ -330,14 +336,14 @@ def _check_statistics(
                 f"layer {layer}: keys have {d_key} dimensions, the statistics "
                 f"{found.d_key}; they are another model's"
             )
-        if found.count < d_key:
+        if found.count < d_key and found.shrinkage == Shrinkage():
             raise RecipeError(
                 f"layer {layer}: the statistics count {found.count} keys of {d_key} "
                 f"dimensions, so C is singular; collect at least {d_key} tokens, "
-                f"better {10 * d_key}"
+                f"better {10 * d_key}, or use them with shrinkage"
             )
         made_for = found.provenance.model_fingerprint
-        if made_for != fingerprint:
+        if made_for != fingerprint and found.accepted_mismatch is None:
             raise RecipeError(
                 f"layer {layer}: the statistics were collected on the model "
                 f"{made_for}, this one is {fingerprint}; collect them on this one"

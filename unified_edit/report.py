@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from covariance_cache.statistics import KeyStatistics
 from unified_edit.algebra.certificate import Certificate
 from unified_edit.edits import Edit
 from unified_edit.recipes import Recipe
@@ -77,9 +78,10 @@ def notes_on(
     recipe: Recipe,
     outcomes: Sequence[EditOutcome],
     certificates: Mapping[int, Certificate],
+    statistics: Mapping[int, KeyStatistics],
 ) -> tuple[str, ...]:
     """What a user should look at: edits that were so before or did not take, jitter,
-    redundant edits, hyperparameters nobody validated."""
+    redundant edits, statistics of another model, hyperparameters nobody validated."""
     notes = []
     for index, outcome in enumerate(outcomes):
         name = f"edit {index} ({outcome.edit.text!r} → {outcome.edit.target!r})"
@@ -101,6 +103,9 @@ def notes_on(
             notes.append(
                 f"layer {layer}: edits {list(certificate.redundant)} follow from others"
             )
+    for layer in recipe.layers:
+        if accepted := statistics[layer].accepted_mismatch:
+            notes.append(f"layer {layer}: accepted statistics whose file {accepted}")
     if recipe.origin == "unvalidated":
         notes.append("these hyperparameters are not validated for this model")
     return tuple(notes)
