@@ -95,6 +95,8 @@ class KeyStatistics:
             raise StatisticsError(
                 f"{where} must be float32 or float64, got {matrix.dtype}"
             )
+        if self.layer < 0:
+            raise StatisticsError(f"a layer is counted from 0, got {self.layer}")
         if self.count < 1:
             raise StatisticsError(
                 f"{where} must be a mean of at least one key, got {self.count}"
