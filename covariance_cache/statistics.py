@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -152,21 +153,24 @@ class KeyStatistics:
         return self.adequacy or measure(self.second_moment, self.count)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the matrix, count, layer, provenance and shrinkage."""
-        digest = hashlib.sha256(
-            json.dumps(
-                [
-                    self.layer,
-                    self.count,
-                    self.d_key,
-                    asdict(self.provenance),
-                    str(self.shrinkage),
-                ],
-                sort_keys=True,
-            ).encode()
-        )
+        """SHA-256 of the matrix, count, layer, provenance and shrinkage. The matrix is
+        read the first time only: it is frozen with the rest."""
+        entries = [
+            self.layer,
+            self.count,
+            self.d_key,
+            asdict(self.provenance),
+            str(self.shrinkage),
+            self._matrix_digest,
+        ]
+        text = json.dumps(entries, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def _matrix_digest(self) -> str:
+        digest = hashlib.sha256()
         for _, rows in self._row_blocks():
-            digest.update(rows.cpu().contiguous().numpy().tobytes())
+            digest.update(rows.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def _row_blocks(self) -> Iterator[tuple[int, Tensor]]:

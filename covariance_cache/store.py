@@ -35,16 +35,27 @@ def write_file(
     staged = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        staged.touch()
+        mode = staged.stat().st_mode  # as any new file's here; safetensors narrows it
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             staged,
             metadata={"covariance_cache": text},
         )
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
+        staged.chmod(mode)
+        _sync(staged)
         os.replace(staged, path)
+        _sync(path.parent)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def read_file(
