@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,6 +127,7 @@ def collect(
             texts = hub_documents(corpus, split=split, field=field)
         elif not Path(corpus).is_file():
             raise StatisticsError(f"{corpus}: no such file")
+        store = StatisticsStore(out)
         loaded, tokenizer = _load(model, dtype.value, ranks.device(device))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CorpusExhausted)
@@ -142,13 +144,14 @@ def collect(
                 checkpoint_dir=out,
                 checkpoint_every=checkpoint_every,
                 probes=probes,
+                save=partial(store.save, packed=packed),
                 ranks=ranks,
             )
         if not ranks.first:
             return
         for warning in caught:
             typer.echo(f"note: {warning.message}", err=True)
-        _save(out, collected.values(), packed, as_json)
+        _report(store, list(collected), as_json)
 
 
 @app.command()

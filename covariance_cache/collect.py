@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def collect(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 100,
     probes: int = 32,
+    save: Callable[[KeyStatistics], object] | None = None,
     ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> dict[int, KeyStatistics]:
@@ -73,6 +74,8 @@ def collect(
         probes: keys for which the adequacy report compares the solutions of half the
             tokens and of all of them; 0 for no report, which saves two Cholesky
             factorizations of each layer, in float64.
+        save: called with each layer's statistics before the checkpoint is removed, such
+            as a store's `save`: so a collection that is killed then loses nothing.
         ranks: processes that share the text, each with the same model and arguments
             (`joined`); all return the result. The first keeps the checkpoint, which a
             collection by another number of processes may continue.
@@ -125,11 +128,9 @@ def collect(
             )
             # One process reads and writes the file; it may be another machine's.
             cursor = ranks.gather(checkpoint.read(sums) if ranks.first else None)[0]
-        feeder = Feeder(model, names, sums, documents)
         windows = packed_windows(
             tokenizer, documents, length=window, budget=tokens, start=cursor
         )
-        since = 0  # batches since the sums were last brought together
         with tqdm(
             total=tokens,
             initial=cursor.used,
@@ -138,24 +139,17 @@ def collect(
             unit_scale=True,
             disable=not (progress and ranks.first),
         ) as bar:
-            for batch in _batches(windows, batch_size):
-                if since % ranks.world == ranks.rank:
-                    feeder.feed(batch)
-                since += 1
-                bar.update(batch[-1].end.used - cursor.used)
-                halved = 2 * cursor.used < tokens <= 2 * batch[-1].end.used
-                cursor = batch[-1].end
-                due = checkpoint is not None and since == checkpoint_every
-                if halved or due:
-                    _gather(feeder, sums, ranks)
-                if halved:
-                    for each in sums.values():
-                        each.halve()
-                if due:
-                    since = 0
-                    if checkpoint is not None and ranks.first:
-                        checkpoint.write(sums, cursor)
-            _gather(feeder, sums, ranks)
+            cursor = _read(
+                Feeder(model, names, sums, documents),
+                _batches(windows, batch_size),
+                sums,
+                cursor,
+                bar,
+                tokens=tokens,
+                checkpoint=checkpoint,
+                every=checkpoint_every,
+                ranks=ranks,
+            )
     if not cursor.used:
         raise CorpusError("the text holds no tokens, so nothing was collected")
     if cursor.used < tokens:
@@ -166,25 +160,69 @@ def collect(
         )
     collected = {}
     for layer, name in names.items():
-        each = sums[layer]
-        each.share(ranks)
-        try:
-            second_moment, count = each.finish()
-        except NonFiniteActivations as error:
-            raise NonFiniteActivations(f"layer {layer} ({name}): {error}") from error
-        adequacy = ranks.gather(each.measure(second_moment, count))[0]
         provenance = Provenance(
             **settings,
             module=name,
             model_dtype=dtypes[layer],
             corpus_fingerprint=cursor.token_digest,
         )
-        collected[layer] = KeyStatistics(
-            layer, second_moment, count, provenance, adequacy
-        )
+        collected[layer] = _frozen(layer, sums.pop(layer), provenance, ranks)
+        if save is not None and ranks.first:
+            save(collected[layer])
     if checkpoint is not None and ranks.first:
         checkpoint.remove()
     return collected
+
+
+def _read(
+    feeder: Feeder,
+    batches: Iterable[list[Window]],
+    sums: Mapping[int, LayerSums],
+    cursor: Cursor,
+    bar: Any,
+    *,
+    tokens: int,
+    checkpoint: Checkpoint | None,
+    every: int,
+    ranks: Ranks,
+) -> Cursor:
+    """Adds this process's share of the batches; in the end the first process's sums
+    are all processes'. Returns where the text was left."""
+    since = 0  # batches since the last checkpoint
+    for batch in batches:
+        if since % ranks.world == ranks.rank:
+            feeder.feed(batch)
+        since += 1
+        bar.update(batch[-1].end.used - cursor.used)
+        halved = 2 * cursor.used < tokens <= 2 * batch[-1].end.used
+        cursor = batch[-1].end
+        due = checkpoint is not None and since == every
+        if halved or due:
+            _gather(feeder, sums, ranks)
+        if halved:
+            for each in sums.values():
+                each.halve()
+        if due:
+            since = 0
+            if checkpoint is not None and ranks.first:
+                checkpoint.write(sums, cursor)
+    _gather(feeder, sums, ranks)
+    return cursor
+
+
+def _frozen(
+    layer: int, sums: LayerSums, provenance: Provenance, ranks: Ranks
+) -> KeyStatistics:
+    """A layer's statistics, in every process."""
+    sums.share(ranks)
+    try:
+        second_moment, count = sums.finish()
+    except NonFiniteActivations as error:
+        raise NonFiniteActivations(
+            f"layer {layer} ({provenance.module}): {error}"
+        ) from error
+    adequacy = ranks.gather(sums.measure(second_moment, count))[0]
+    return KeyStatistics(layer, second_moment, count, provenance, adequacy)
 
 
 def _gather(feeder: Feeder, sums: Mapping[int, LayerSums], ranks: Ranks) -> None:

@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from covariance_cache.shrinkage import Shrinkage
 from covariance_cache.statistics import KeyStatistics
 from unified_edit.algebra.certificate import Certificate
 from unified_edit.edits import Edit
 from unified_edit.recipes import Recipe
+
+_ENOUGH = 5
+"""Tokens per dimension from which shrinking C changes little (docs/shrinkage.md)."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,18 @@ def notes_on(
                 f"layer {layer}: edits {list(certificate.redundant)} follow from others"
             )
     for layer in recipe.layers:
-        if accepted := statistics[layer].accepted_mismatch:
-            notes.append(f"layer {layer}: accepted statistics whose file {accepted}")
+        used = statistics[layer]
+        if used.accepted_mismatch:
+            notes.append(
+                f"layer {layer}: accepted statistics whose file "
+                f"{used.accepted_mismatch}"
+            )
+        per_dimension = used.count / used.d_key
+        if per_dimension < _ENOUGH and used.shrinkage == Shrinkage():
+            notes.append(
+                f"layer {layer}: C is of {per_dimension:.1f} tokens per dimension and "
+                "not shrunk; shrink it (oas), or collect more, to damage less"
+            )
     if recipe.origin == "unvalidated":
         notes.append("these hyperparameters are not validated for this model")
     return tuple(notes)
