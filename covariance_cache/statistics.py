@@ -85,6 +85,8 @@ class KeyStatistics:
     accepted_mismatch: str | None = None
     """Why these are not the statistics of the model they are used for, where that was
     accepted explicitly."""
+    accepted_for: str | None = None
+    """Fingerprint of the model for which it was accepted."""
 
     def __post_init__(self) -> None:
         matrix, where = self.second_moment, f"second moment of layer {self.layer}"

@@ -185,14 +185,20 @@ class StatisticsStore:
         accepted: dict[int, str | None] = {}
         for layer in layers:
             header = self.header(layer)
-            self._check_width(header, model)
-            accepted[layer] = self._mismatch(header, live, words)
+            try:
+                self._check_width(header, model)
+                accepted[layer] = self._mismatch(header, live, words)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise StatisticsError(
+                    f"{self.file(layer)}: its header is not what this version writes "
+                    f"({error}); collect the statistics again"
+                ) from error
             if accepted[layer] and not accept_mismatch:
                 raise StatisticsMismatch(
                     f"{self.file(layer)} {accepted[layer]}; collect statistics of this "
                     "model with this tokenizer, or accept the mismatch explicitly"
                 )
-        return LoadedStatistics(self, accepted, shrinkage)
+        return LoadedStatistics(self, accepted, live, shrinkage)
 
     def _read(
         self, layer: int, *, tensors: bool
@@ -224,17 +230,19 @@ class StatisticsStore:
         self, header: Mapping[str, Any], live: str, words: str | None
     ) -> str | None:
         kept = Provenance.from_header(header["provenance"])
+        found = []
         if kept.model_fingerprint != live:
-            return (
+            found.append(
                 f"was collected on model {kept.model_fingerprint[:12]}, this model is "
                 f"{live[:12]}"
             )
-        if words is not None and kept.tokenizer_fingerprint not in (None, words):
-            return (
-                f"was collected with tokenizer {kept.tokenizer_fingerprint[:12]}, this "
-                f"tokenizer is {words[:12]}"
+        theirs = kept.tokenizer_fingerprint
+        if words is not None and theirs not in (None, words):
+            found.append(
+                f"was collected with tokenizer {str(theirs)[:12]}, this tokenizer is "
+                f"{words[:12]}"
             )
-        return None
+        return "; ".join(found) or None
 
 
 class LoadedStatistics(Mapping[int, KeyStatistics]):
@@ -245,19 +253,27 @@ class LoadedStatistics(Mapping[int, KeyStatistics]):
         self,
         store: StatisticsStore,
         accepted: Mapping[int, str | None],
+        live: str,
         shrinkage: Shrinkage,
     ) -> None:
         self._store = store
+        self._live = live
         self._accepted = dict(accepted)
         self._shrinkage = shrinkage
         self._opened: dict[int, KeyStatistics] = {}
 
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._accepted  # without reading it
+
     def __getitem__(self, layer: int) -> KeyStatistics:
+        if layer not in self._accepted:
+            raise KeyError(layer)
         if layer not in self._opened:
             self._opened[layer] = replace(
                 self._store.open(layer),
                 shrinkage=self._shrinkage,
                 accepted_mismatch=self._accepted[layer],
+                accepted_for=self._live if self._accepted[layer] else None,
             )
         return self._opened[layer]
 
@@ -285,7 +301,7 @@ def unpack(packed: Tensor, size: int) -> Tensor:
     Raises:
         StatisticsError: not a triangle of this size.
     """
-    if packed.shape != (size * (size + 1) // 2,):
+    if size < 1 or packed.shape != (size * (size + 1) // 2,):
         raise StatisticsError(
             f"the packed triangle holds {list(packed.shape)} numbers, d_key {size} "
             f"needs {size * (size + 1) // 2}"

@@ -103,9 +103,18 @@ class TestMeasures:
 
 class TestCondition:
     @pytest.mark.parametrize("d_key", [2, 30, 200])
-    def test_is_the_one_norm_condition_from_below(self, d_key: int) -> None:
+    @pytest.mark.parametrize("turned", [False, True], ids=["by neuron", "mixed"])
+    def test_is_the_one_norm_condition_from_below(
+        self, d_key: int, turned: bool
+    ) -> None:
+        """Also where the weak directions are mixtures, which no diagonal shows."""
         for seed in range(5):
             matrix = moment(4 * d_key, d_key, seed)
+            if turned:
+                noise = random_keys(d_key, d_key, seed + 50).double()
+                basis = torch.linalg.qr(noise).Q
+                matrix = basis @ matrix @ basis.T
+                matrix = (matrix + matrix.T) / 2
             exact = float(torch.linalg.cond(matrix, 1))
             found = measure(matrix, 4 * d_key).condition
             assert found is not None and exact > 10

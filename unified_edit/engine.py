@@ -343,7 +343,7 @@ def _check_statistics(
                 f"better {10 * d_key}, or use them with shrinkage"
             )
         made_for = found.provenance.model_fingerprint
-        if made_for != fingerprint and found.accepted_mismatch is None:
+        if fingerprint not in (made_for, found.accepted_for):
             raise RecipeError(
                 f"layer {layer}: the statistics were collected on the model "
                 f"{made_for}, this one is {fingerprint}; collect them on this one"
