@@ -96,6 +96,8 @@ def cholesky(matrix: Tensor, count: int, shrinkage: Shrinkage) -> Tensor | None:
     """Lower factor in float64 of a second moment, shrunk; None if it is singular to
     working precision. One matrix [d, d] of float64 is made, no more."""
     scale, shift = shrinkage.weights(matrix, count)
+    if not shift and count < matrix.shape[0]:
+        return None  # singular, whatever rounding makes of it
     shrunk = matrix.to(torch.float64, copy=True).mul_(scale)
     shrunk.diagonal().add_(shift)
     # The mean was rounded to its own dtype: smaller pivots are made of that rounding.
@@ -116,14 +118,17 @@ def solutions(factor: Tensor, probes: Tensor) -> Tensor:
     return solved / leverage
 
 
-def relative_change(half: Tensor, full: Tensor) -> float:
-    """Median over rows of ‖full - half‖ / ‖full‖."""
+def relative_change(half: Tensor, full: Tensor) -> float | None:
+    """Median over rows of ‖full - half‖ / ‖full‖, without those of a key that is zero,
+    which has no solution; None if no row is left."""
     changes = (full - half).norm(dim=1) / full.norm(dim=1)
-    return float(changes.median())
+    known = changes[torch.isfinite(changes)]
+    return float(known.median()) if len(known) else None
 
 
-def condition(matrix: Tensor, factor: Tensor) -> float:
-    """Condition number in the 1-norm, ‖C⁻¹‖₁ estimated from below by LAPACK's pocon.
+def condition(matrix: Tensor, factor: Tensor) -> float | None:
+    """Condition number in the 1-norm, ‖C⁻¹‖₁ estimated from below by LAPACK's pocon;
+    None beyond float64's range.
 
     Args:
         matrix: [d, d], symmetric.
@@ -135,4 +140,4 @@ def condition(matrix: Tensor, factor: Tensor) -> float:
     )
     # LAPACK counts by columns: the transpose, and so an upper factor, without a copy.
     reciprocal, _ = lapack.dpocon(factor.cpu().numpy().T, norm, uplo="U")
-    return 1 / float(reciprocal)
+    return 1 / float(reciprocal) if reciprocal > 0 else None

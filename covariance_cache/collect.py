@@ -17,7 +17,6 @@ from covariance_cache.corpus import Cursor, Documents, Window, packed_windows
 from covariance_cache.errors import (
     CorpusError,
     CorpusExhausted,
-    NonFiniteActivations,
     StatisticsError,
 )
 from covariance_cache.feeder import Feeder, sample_keys
@@ -108,7 +107,11 @@ def collect(
     }
     with evaluating(model), torch.no_grad():
         sums = {
-            layer: LayerSums(sample, probes if ranks.first else 0)
+            layer: LayerSums(
+                sample,
+                probes if ranks.first else 0,
+                f"layer {layer} ({names[layer]})",
+            )
             for layer, sample in sample_keys(model, names).items()
         }
         _check_devices(sums, ranks)
@@ -215,12 +218,7 @@ def _frozen(
 ) -> KeyStatistics:
     """A layer's statistics, in every process."""
     sums.share(ranks)
-    try:
-        second_moment, count = sums.finish()
-    except NonFiniteActivations as error:
-        raise NonFiniteActivations(
-            f"layer {layer} ({provenance.module}): {error}"
-        ) from error
+    second_moment, count = sums.finish()
     adequacy = ranks.gather(sums.measure(second_moment, count))[0]
     return KeyStatistics(layer, second_moment, count, provenance, adequacy)
 

@@ -34,8 +34,7 @@ def _measures(title: str, headers: Sequence[Mapping[str, Any]]) -> Table:
         title=title,
         box=SIMPLE_HEAD,
         title_justify="left",
-        pad_edge=False,
-        collapse_padding=True,
+        padding=0,
     )
     for column in ("layer", "d_key", "keys", "per dim."):
         table.add_column(column, justify="right", no_wrap=True)
@@ -67,6 +66,8 @@ def _number(value: float | None, form: str) -> str:
 def _sources(headers: Sequence[Mapping[str, Any]]) -> Table:
     """What all layers share once, the rest by layer."""
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, title in _FACTS.items():
         values = {header["layer"]: _fact(name, header) for header in headers}
         if not any(values.values()):

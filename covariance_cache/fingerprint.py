@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from covariance_cache.errors import StatisticsError
+
 SAMPLES_PER_MATRIX = 4096
 
 Sample = tuple[tuple[int, ...], bytes]
@@ -57,9 +59,33 @@ def model_fingerprint(model: nn.Module) -> str:
     """Fingerprint of a loaded model. Equals that of the checkpoint it came from,
     unless loading rounded the weights."""
     return fingerprint_samples(
-        sample_of(tensor)
-        for tensor in model.state_dict().values()
+        sample_of(_kept(model, name) if tensor.is_meta else tensor)
+        for name, tensor in model.state_dict().items()
         if tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel()
+    )
+
+
+def _kept(model: nn.Module, name: str) -> Tensor:
+    """A weight that accelerate's hooks keep elsewhere until its module, or one around
+    it, runs."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, -1, -1):
+        hook: Any = getattr(
+            model.get_submodule(".".join(parts[:cut])), "_hf_hook", None
+        )
+        for each in getattr(hook, "hooks", (hook,)):
+            weights = getattr(each, "weights_map", None)
+            if weights is None:
+                continue
+            try:
+                weight: Tensor = weights[".".join(parts[cut:])]
+            except KeyError:
+                continue
+            if not weight.is_meta:
+                return weight
+    raise StatisticsError(
+        f"weight {name} is on no device, and no hook of accelerate keeps it; load the "
+        "model with its weights"
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from covariance_cache.accumulator import SecondMomentAccumulator, is_finite
 from covariance_cache.adequacy import Adequacy, Half, measure
+from covariance_cache.errors import NonFiniteActivations
 from covariance_cache.ranks import Ranks
 
 
@@ -16,12 +18,14 @@ class LayerSums:
     """The second moment of a layer's keys; the share of it that the windows' first
     positions hold; and some keys, with the solutions for them at half the tokens."""
 
-    def __init__(self, sample: Tensor, probes: int) -> None:
+    def __init__(self, sample: Tensor, probes: int, name: str = "a layer") -> None:
         """
         Args:
             sample: a key of the layer, for its width, dtype and device.
             probes: keys to keep, for the adequacy report; 0 for no report.
+            name: of the layer, for messages.
         """
+        self.name = name
         self.key_dtype = sample.dtype
         self.moment = SecondMomentAccumulator(
             sample.shape[-1],
@@ -71,11 +75,21 @@ class LayerSums:
     def halve(self) -> None:
         """Keeps the solutions for the probe keys as they are now."""
         if self._probes is not None:
-            self._half = Half.of(*self.moment.freeze(), self._probes)
+            with self._named():
+                mean, count = self.moment.freeze()
+            self._half = Half.of(mean, count, self._probes)
 
     def finish(self) -> tuple[Tensor, int]:
         """Mean and count; the sums are lost."""
-        return self.moment.finish()
+        with self._named():
+            return self.moment.finish()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteActivations as error:
+            raise NonFiniteActivations(f"{self.name}: {error}", error.row) from error
 
     def measure(self, mean: Tensor, count: int) -> Adequacy | None:
         """Adequacy of what `finish` gave; None without probe keys."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from covariance_cache.errors import StatisticsError, StatisticsMismatch
+from covariance_cache.shrinkage import Shrinkage
 from covariance_cache.statistics import KeyStatistics
 
 _ROWS = 1024
@@ -32,6 +33,12 @@ def merge(parts: Sequence[KeyStatistics]) -> KeyStatistics:
         StatisticsMismatch: of another layer, model, module, tokenizer, window, width
             or dtype, naming both sides; or the same text twice.
     """
+    for part in parts:
+        if part.shrinkage != Shrinkage():
+            raise StatisticsError(
+                f"a part is used with shrinkage {part.shrinkage}; merge plain means, "
+                "and shrink the result"
+            )
     if len(parts) < 2:
         raise StatisticsError(f"there is nothing to merge in {len(parts)} part(s)")
     first = parts[0]
@@ -45,7 +52,7 @@ def merge(parts: Sequence[KeyStatistics]) -> KeyStatistics:
     repeated = {text for text in texts if texts.count(text) > 1}
     if repeated:
         raise StatisticsMismatch(
-            f"the text {min(repeated)[:12]} is in two of the parts, so its keys would "
+            f"the text {min(repeated)} is in two of the parts, so its keys would "
             "count twice; merge parts of different texts"
         )
     count = sum(part.count for part in parts)
@@ -59,9 +66,21 @@ def merge(parts: Sequence[KeyStatistics]) -> KeyStatistics:
         first.provenance,
         corpus_fingerprint=hashlib.sha256("".join(texts).encode()).hexdigest(),
         seed=seeds.pop() if len(seeds) == 1 else None,
+        origin=None,
         parts=tuple(texts),
     )
-    return KeyStatistics(first.layer, total, count, provenance)
+    accepted = [part for part in parts if part.accepted_mismatch]
+    return KeyStatistics(
+        first.layer,
+        total,
+        count,
+        provenance,
+        accepted_mismatch="; ".join(
+            dict.fromkeys(str(part.accepted_mismatch) for part in accepted)
+        )
+        or None,
+        accepted_for=accepted[0].accepted_for if accepted else None,
+    )
 
 
 def _texts(part: KeyStatistics) -> tuple[str, ...]:
@@ -76,7 +95,7 @@ def _differences(
         ("layer", one.layer, other.layer),
         ("d_key", one.d_key, other.d_key),
         ("dtype", one.second_moment.dtype, other.second_moment.dtype),
-        ("shrinkage", str(one.shrinkage), str(other.shrinkage)),
+        ("accepted_for", one.accepted_for, other.accepted_for),
     ]
     pairs += [
         (name, getattr(one.provenance, name), getattr(other.provenance, name))

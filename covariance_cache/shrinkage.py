@@ -66,7 +66,7 @@ class Shrinkage:
             ) from None
 
     def __str__(self) -> str:
-        return f"ridge:{self.strength!r}" if self.kind == "ridge" else self.kind
+        return f"ridge:{float(self.strength)!r}" if self.kind == "ridge" else self.kind
 
     def weights(self, matrix: Tensor, count: int) -> tuple[float, float]:
         """Scale and shift for this second moment [d, d], a mean of `count` keys."""

@@ -26,6 +26,15 @@ _COLORS: tuple[Any, ...] = (
 """Okabe and Ito's, which the colour-blind can tell apart."""
 
 
+_NAMED = 8
+"""Layers in the legend; of more, every second or third."""
+
+
+def _label(layer: int, statistics: KeyStatistics) -> str:
+    per_dimension = statistics.count / statistics.d_key
+    return f"layer {layer} ({per_dimension:.3g} tokens per dimension)"
+
+
 def spectrum(statistics: KeyStatistics) -> Tensor:
     """Eigenvalues of the second moment, descending, [d_key] float64 on the CPU. Takes
     O(d_key³): seconds for 3,000 dimensions, minutes for 14,000."""
@@ -57,6 +66,7 @@ def plot_spectrum(statistics: Mapping[int, KeyStatistics], path: str | Path) -> 
     if len(statistics) > len(_COLORS):
         shades = [number / (len(statistics) - 1) for number in range(len(statistics))]
         colors = tuple(colormaps["viridis"](shades))
+    every = 1 + (len(statistics) - 1) // _NAMED
     for number, (layer, each) in enumerate(sorted(statistics.items())):
         values = spectrum(each)
         mean = float(values.mean())
@@ -72,7 +82,7 @@ def plot_spectrum(statistics: Mapping[int, KeyStatistics], path: str | Path) -> 
             shown,
             color=color,
             linewidth=1.5,
-            label=f"layer {layer} ({each.count / each.d_key:.3g} tokens per dimension)",
+            label=None if number % every else _label(layer, each),
         )
         floor = Shrinkage("oas").weights(each.second_moment, each.count)[1] / mean
         axes.axhline(max(floor, _FLOOR), color=color, linewidth=0.8, linestyle=":")
@@ -85,8 +95,7 @@ def plot_spectrum(statistics: Mapping[int, KeyStatistics], path: str | Path) -> 
     )
     axes.set_ylim(bottom=smallest / 2)
     axes.grid(which="major", alpha=0.3)
-    columns = 1 + len(statistics) // 12
-    axes.legend(fontsize="small", frameon=False, ncols=columns)
+    axes.legend(fontsize="small", frameon=False)
     try:
         figure.savefig(path, dpi=150)
     except (ValueError, OSError) as error:

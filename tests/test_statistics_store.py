@@ -110,7 +110,9 @@ def test_loads_for_the_model_it_was_collected_on(stored):
 def test_refuses_another_model_and_names_both(stored):
     store, model, _ = stored
     ours = store.header(0)["provenance"]["model_fingerprint"][:12]
-    with pytest.raises(StatisticsMismatch, match=rf"model {ours}, this model is [0-9a-f]{{12}};"):
+    with pytest.raises(
+        StatisticsMismatch, match=rf"model {ours}, this model is [0-9a-f]{{12}};"
+    ):
         store.load(make_model("gpt2", seed=1), [0])
     with pytest.raises(StatisticsMismatch, match=f"layer-000.*{ours}"):
         store.load(make_model("llama"), [0])
