@@ -10,18 +10,21 @@ the batch is the first 50 records at once.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
-import time
 from pathlib import Path
 
-import torch
-import transformers
+if not __package__:
+    # Run as a script: this folder, which comes first, would hide the standard
+    # library's `statistics` behind the script of that name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import time
+
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import machine, print_json, versions
 from unified_edit.demo import FAMILIES, METHODS, load, world_statistics
 from unified_edit.evaluate.trial import Trials
 from unified_edit.evaluate.world import World
@@ -87,14 +90,11 @@ def main() -> None:
         )
     found |= {
         "seconds": time.perf_counter() - begun,
-        "machine": f"{platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
+        "machine": machine(),
+        "versions": versions(),
     }
     if arguments.json:
-        json.dump(found, sys.stdout, indent=1, ensure_ascii=False)
-        sys.stdout.write("\n")
+        print_json(found)
 
 
 if __name__ == "__main__":

@@ -15,37 +15,43 @@ for each edit. It is meant for published code in an environment of its own.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Run as a script: this folder, which comes first, would hide the standard
+    # library's `statistics` behind the script of that name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from plain_targets import PlainTarget, plain_rows, plain_target
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
+from benchmarks.models import LLAMA_3_8B, random_model
+from benchmarks.plain_targets import PlainTarget, plain_rows, plain_target
+from benchmarks.report import (
+    figures_table,
+    machine,
+    print_json,
+    product_rate,
+    timed,
+    versions,
+)
 from unified_edit.demo import load
 from unified_edit.edits import Edit, read_edits
 from unified_edit.evaluate.world import World
@@ -153,16 +159,8 @@ def shaped(
 ) -> Case:
     """Random weights in a published model's shape, genuine tokenizer and prompts,
     MEMIT's published settings."""
-    kinds = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    before = torch.get_default_dtype()
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(0)
-        try:
-            torch.set_default_dtype(dtype)
-            model = kinds[config.model_type](config).eval()
-        finally:
-            torch.set_default_dtype(before)
+    model = random_model(config, device, dtype)
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers" / "gpt2")
     records = read_edits(DATA / "counterfact" / "full_300.json")
     return Case(
@@ -177,14 +175,6 @@ def shaped(
     )
 
 
-LLAMA_3_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
 CASES: dict[str, Callable[[str], Case]] = {
     "embedded_gpt2": partial(embedded, "gpt2"),
     "embedded_llama": partial(embedded, "llama"),
@@ -334,28 +324,6 @@ def extrapolated(
     return float(counts[0] + (steps - 2) * (counts[1] - counts[0]))
 
 
-def product_rate(device: str) -> float:
-    """FLOPs per second of a plain matrix product of 2048 × 2048, on CUDA 8192."""
-    size = 8192 if device == "cuda" else 2048
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    rates = []
-    for _ in range(7):
-        seconds, _ = timed(lambda: a @ a, device)
-        rates.append(2 * size**3 / seconds)
-    return statistics.median(rates)
-
-
-def timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    found = work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun, found
-
-
 def published(case: Case, command: str, sample: int) -> dict[str, float]:
     """Another program's targets and edits per second, and ours on the same edits."""
     some = [case.edits[index] for index in case.sample[:sample]]
@@ -429,10 +397,7 @@ def main() -> None:
             figures["published_ratio"] = (
                 figures["edits_per_second"] / found["published_edits_per_second"]
             )
-        table = Table(title=name, show_header=False)
-        for key, value in figures.items():
-            table.add_row(key.replace("_", " "), f"{value:.4g}")
-        console.print(table)
+        console.print(figures_table(name, figures))
         del case
     answer: dict[str, Any] = {}
     ratios = {name: each["ratio"] for name, each in cases.items() if "ratio" in each}
@@ -451,25 +416,11 @@ def main() -> None:
     answer |= {
         "cases": cases,
         "seconds": time.perf_counter() - begun,
-        "machine": f"{processor()}, {torch.get_num_threads()} threads"
-        if device == "cpu"
-        else torch.cuda.get_device_name(),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
+        "machine": machine(device),
+        "versions": versions(),
     }
     if arguments.json:
-        json.dump(answer, sys.stdout, indent=1, ensure_ascii=False)
-        sys.stdout.write("\n")
-
-
-def processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.machine()
+        print_json(answer)
 
 
 if __name__ == "__main__":

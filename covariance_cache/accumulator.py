@@ -16,8 +16,9 @@ from covariance_cache.errors import NonFiniteActivations, StatisticsError
 # float64, at the memory of one full float32 matrix (4 · d_key² bytes, and 4 · d_key
 # for each row of a panel). A float32 total loses digits with every addition (about
 # 1e-6 after 2 million tokens, growing with their number); in float64 what is left is
-# the rounding inside one block's product, which is random and averages out (below 1e-7,
-# measured in tests/test_statistics_accumulator.py).
+# the rounding inside one block's product. For keys of one size it averages out (below
+# 1e-7, tests/test_statistics_accumulator.py); where a few are a thousand times larger,
+# what is small beside them is lost in their block (3e-7, benchmarks/statistics.py).
 _PANEL = 512
 _BLOCK_TOKENS = 1024
 """Rows multiplied in one float32 product; bounds the rounding inside it, also where a

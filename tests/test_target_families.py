@@ -11,10 +11,10 @@ from typing import Any, Literal
 import pytest
 import torch
 from model_kit import CONTEXTS, EDITS, make_tokenizer
-from plain_targets import plain_rows, plain_target
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.plain_targets import plain_rows, plain_target
 from unified_edit.model import adapter as adapters
 from unified_edit.model.adapter import ModelAdapter, Site
 from unified_edit.model.architectures import Architecture

@@ -23,8 +23,8 @@ from model_kit import (
     subject_index,
     target_ids,
 )
-from plain_targets import PlainRow, PlainTarget, plain_rows, plain_target
 
+from benchmarks.plain_targets import PlainRow, PlainTarget, plain_rows, plain_target
 from unified_edit.edits import Edit
 from unified_edit.errors import (
     NonFiniteError,
