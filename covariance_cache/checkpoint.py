@@ -14,7 +14,7 @@ from torch import Tensor
 from covariance_cache.corpus import Cursor
 from covariance_cache.errors import StatisticsError, StatisticsMismatch
 from covariance_cache.layer import LayerSums
-from covariance_cache.store import read_file, write_file
+from covariance_cache.store import read_file, remove_file, write_file
 
 _FORMAT = "covariance_cache/checkpoint/2"
 
@@ -86,7 +86,7 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Deletes the file, once what it was kept for is done."""
-        self.path.unlink(missing_ok=True)
+        remove_file(self.path)
 
 
 def _digest(cursor: Any, tensors: Mapping[str, Tensor]) -> str:

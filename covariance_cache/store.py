@@ -32,7 +32,7 @@ def write_file(
     """Writes a safetensors file, staged beside `path`, synced and renamed over it.
     The header is JSON under one metadata key; same content, same bytes."""
     text = json.dumps(header, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    staged = path.with_name(f".{path.name}.tmp")
+    staged = _staged(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         staged.touch()
@@ -48,6 +48,16 @@ def write_file(
         _sync(path.parent)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def remove_file(path: Path) -> None:
+    """Deletes a file that `write_file` wrote, and what a killed write of it left."""
+    path.unlink(missing_ok=True)
+    _staged(path).unlink(missing_ok=True)
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _sync(path: Path) -> None:
