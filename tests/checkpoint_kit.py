@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress, added
+from unified_edit.algebra.addition import added
+from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress
 from unified_edit.checkpoint.sharded import Checkpoint
 
 SHARD_BYTES = 15_000

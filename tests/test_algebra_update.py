@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unified_edit.algebra.addition import added
 from unified_edit.algebra.update import (
     RankKUpdate,
     UpdateSet,
     WeightAddress,
-    added,
 )
 from unified_edit.errors import NonFiniteError, UpdateError
 

@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-from unified_edit.console import check_new, fail, one_line_errors, show, write_lines
+from unified_edit import cli_files
+from unified_edit.console import (
+    Force,
+    Json,
+    Model,
+    check_new,
+    fail,
+    one_line_errors,
+    show,
+    write_lines,
+)
 from unified_edit.errors import UnifiedEditError
 
 app = typer.Typer(
@@ -21,14 +31,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="Folder of a model, or a cached name.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Dtype = Annotated[
     str, typer.Option(help="To load the model in: float32, bfloat16, float16 or auto.")
 ]
 Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
 Limit = Annotated[int | None, typer.Option(help="Use the first N only.", min=1)]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 
 @app.command()
@@ -156,94 +163,7 @@ def edit(
         show(answer, as_json, lambda: [str(result.report), f"wrote {out}"])
 
 
-@app.command()
-def patch(
-    model: Model,
-    update: Annotated[Path, typer.Argument(help="File that `edit` wrote.")],
-    out: Annotated[
-        Path | None, typer.Option(help="New folder for the patched model.")
-    ] = None,
-    in_place: Annotated[
-        bool, typer.Option("--in-place", help="Change the model's own files instead.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Write an update into a copy of a checkpoint folder, or into the folder itself."""
-    with one_line_errors():
-        if (out is None) != in_place:
-            raise UnifiedEditError(
-                "where to? Name a new folder with --out, or say --in-place, not both"
-            )
-        from unified_edit.algebra.update import UpdateSet
-        from unified_edit.checkpoint.patch import patch as write
-        from unified_edit.display import patch_table
-        from unified_edit.loading import folder_of
-
-        report = write(folder_of(model), UpdateSet.load(update), out).report
-        show(
-            report.as_dict(),
-            as_json,
-            lambda: [
-                patch_table(report),
-                f"{report.folder}: patched, update {report.number}",
-                *(f"note: {note}" for note in report.notes),
-            ],
-        )
-
-
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="A patched folder.")],
-    base: Annotated[
-        Path | None, typer.Option(help="The folder it was made from.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Check that a patched folder is its original bytes plus its updates, no more.
-
-    Exit code 1 if it is not.
-    """
-    with one_line_errors():
-        from unified_edit.checkpoint.patch import verify as check
-
-        report = check(folder, base)
-        compared = ""
-        if report.compared_with_base is not None:
-            compared = f", {report.compared_with_base} tensors compared with the base's"
-        show(
-            report.as_dict(),
-            as_json,
-            lambda: [
-                f"{report.folder}: {'intact' if report.ok else 'NOT intact'}; updates: "
-                f"{report.updates}, files checked: {report.files}, tensors recomputed: "
-                f"{len(report.tensors)}{compared}",
-                *(f"note: {note}" for note in report.notes),
-            ],
-        )
-        fail(report.problems)
-
-
-@app.command()
-def revert(
-    folder: Annotated[Path, typer.Argument(help="A patched folder.")],
-    as_json: Json = False,
-) -> None:
-    """Take a folder's last update back, so that every file is what it was before."""
-    with one_line_errors():
-        from unified_edit.checkpoint.patch import revert as take_back
-
-        report = take_back(folder)
-        show(
-            report.as_dict(),
-            as_json,
-            lambda: [
-                f"{report.folder}: update {report.number} taken back"
-                f"{', which had been interrupted' if report.interrupted else ''}; "
-                f"files restored: {len(report.files)}, updates left: "
-                f"{report.remaining}",
-                *(f"note: {note}" for note in report.notes),
-            ],
-        )
+cli_files.add_to(app)
 
 
 @app.command()

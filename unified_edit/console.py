@@ -7,13 +7,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from unified_edit.errors import UnifiedEditError
 
 View = Callable[[], Iterable[Any]]
+
+Model = Annotated[str, typer.Argument(help="Folder of a model, or a cached name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 
 def show(answer: Mapping[str, Any], as_json: bool, view: View) -> None:

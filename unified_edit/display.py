@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
@@ -11,9 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from unified_edit.checkpoint.manifest import UpdateRecord
     from unified_edit.checkpoint.patch import PatchReport
     from unified_edit.doctor import DoctorReport
 
+_FEW = 10
+"""Edits of an update that its history prints."""
 _YES = {True: "yes", False: "no"}
 
 
@@ -65,7 +69,7 @@ def metric_table(before: dict[str, float], after: dict[str, float] | None) -> Ta
 def patch_table(report: PatchReport) -> Table:
     """What a patch did to each tensor."""
     return table(
-        ("tensor", "dtype", "rank", "‖ΔW‖/‖W‖", "rounded off", "changed"),
+        ("tensor", "dtype", "rank", "‖ΔW‖/‖W‖", "rounded off", "at keys", "changed"),
         (
             (
                 each.name,
@@ -73,11 +77,69 @@ def patch_table(report: PatchReport) -> Table:
                 str(each.rank),
                 "" if each.relative_change is None else f"{each.relative_change:.3g}",
                 f"{each.rounding_loss:.2g}",
+                _key_errors(each.as_dict()),
                 f"{each.changed_elements:,}",
             )
             for each in report.tensors
         ),
     )
+
+
+def history_parts(folder: Path, updates: Sequence[UpdateRecord]) -> list[Any]:
+    """A folder's history: lines and a table for each update."""
+    if not updates:
+        return [f"{folder}: never patched"]
+    parts: list[Any] = [f"{folder}: updates: {len(updates)}"]
+    for record in updates:
+        told = record.metadata
+        edits = told.get("edits") or []
+        recipe = told.get("recipe") or {}
+        parts.append(
+            table(
+                ("tensor", "dtype", "rank", "rounded off", "at keys"),
+                (
+                    (
+                        each["name"],
+                        each["dtype"],
+                        str(each["rank"]),
+                        f"{each['rounding_loss']:.2g}",
+                        _key_errors(each),
+                    )
+                    for each in record.tensors
+                ),
+                f"update {record.number}: {recipe.get('name', 'unnamed recipe')}, "
+                f"{len(edits)} edits, rounded to {record.rounding}",
+            )
+        )
+        parts.append(
+            facts(
+                (
+                    ("from", record.base_fingerprint),
+                    ("to", record.result_fingerprint),
+                    *(
+                        (f"statistics {layer}", str(print_))
+                        for layer, print_ in (told.get("statistics") or {}).items()
+                    ),
+                    ("files", ", ".join(record.after)),
+                )
+            )
+        )
+        parts += [f"  {_edit_line(edit)}" for edit in edits[:_FEW]]
+        if len(edits) > _FEW:
+            parts.append(f"  and {len(edits) - _FEW} more; --json has all")
+    return parts
+
+
+def _edit_line(edit: Mapping[str, Any]) -> str:
+    prompt, subject = str(edit.get("prompt", "")), str(edit.get("subject", ""))
+    return f"{prompt.replace('{}', subject, 1)} → {edit.get('target', '')}"
+
+
+def _key_errors(report: Mapping[str, Any]) -> str:
+    """Median and worst share of an edit that rounding lost at its own key."""
+    if report["worst_key_error"] is None:
+        return ""
+    return f"{report['median_key_error']:.1g}, worst {report['worst_key_error']:.1g}"
 
 
 def doctor_tables(report: DoctorReport) -> list[Table]:

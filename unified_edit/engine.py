@@ -23,11 +23,12 @@ from covariance_cache.fingerprint import model_fingerprint
 from covariance_cache.ranks import ALONE, Ranks
 from covariance_cache.shrinkage import Shrinkage
 from covariance_cache.statistics import library_version
+from unified_edit.algebra.addition import added
 from unified_edit.algebra.certificate import Certificate
 from unified_edit.algebra.factorization import Factorization, factorize
 from unified_edit.algebra.objective import Objective
 from unified_edit.algebra.solve import solve
-from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress, added
+from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress
 from unified_edit.edits import Edit, check_edits
 from unified_edit.errors import IllConditioned, RecipeError
 from unified_edit.model.adapter import ModelAdapter

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from covariance_cache.fingerprint import model_fingerprint
-from unified_edit.algebra.update import UpdateSet, added
+from unified_edit.algebra.addition import added
+from unified_edit.algebra.update import UpdateSet
 from unified_edit.errors import UpdateError
 
 

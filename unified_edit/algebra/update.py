@@ -1,4 +1,4 @@
-"""The update: rank-k factors for named weights, and the one way to add them.
+"""The update: rank-k factors for named weights, and its file.
 
 An update is immutable, knows nothing of a model or of a checkpoint's files, and is
 what every other part of the project exchanges. `ΔW = left @ right`, seen as
@@ -7,24 +7,31 @@ what every other part of the project exchanges. `ΔW = left @ right`, seen as
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from unified_edit.errors import NonFiniteError, UpdateError
+from unified_edit.errors import UpdateError
 
 FORMAT = "unified-edit/update/1"
 _ROW_BLOCK = 1024
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+_DTYPES = tuple(_NAMES)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class RankKUpdate:
     """[d_value, k]"""
     right: Tensor
     """[k, d_key]"""
+    keys: Tensor | None = None
+    """[n, d_key], one row for each edit: where the change is meant to hold."""
 
     def __post_init__(self) -> None:
         shapes = (tuple(self.left.shape), tuple(self.right.shape))
@@ -66,6 +75,15 @@ class RankKUpdate:
                 "both factors must share dtype and device, got "
                 f"{self.left.dtype} on {self.left.device} and "
                 f"{self.right.dtype} on {self.right.device}"
+            )
+        if self.keys is not None and (
+            self.keys.ndim != 2
+            or self.keys.shape[1] != shapes[1][1]
+            or self.keys.dtype not in _DTYPES
+        ):
+            raise UpdateError(
+                f"keys must be [n, {shapes[1][1]}] of {_dtype_names()}, got "
+                f"{tuple(self.keys.shape)} of {self.keys.dtype}"
             )
 
     @property
@@ -99,64 +117,24 @@ class RankKUpdate:
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> RankKUpdate:
-        """The same factors in another dtype or on another device."""
+        """The same factors and keys in another dtype or on another device."""
         return RankKUpdate(
             self.left.to(device, dtype).contiguous(),
             self.right.to(device, dtype).contiguous(),
+            None if self.keys is None else self.keys.to(device, dtype).contiguous(),
         )
 
     def then(self, later: RankKUpdate) -> RankKUpdate:
-        """The update that makes this change and then `later`'s: factors joined."""
+        """The update that makes this change and then `later`'s: factors joined, and
+        keys where both have them."""
         if self.shape != later.shape:
             raise UpdateError(f"cannot join updates of {self.shape} and {later.shape}")
+        known = self.keys is not None and later.keys is not None
         return RankKUpdate(
             torch.cat([self.left, later.left], dim=1),
             torch.cat([self.right, later.right], dim=0),
+            torch.cat([self.keys, later.keys]) if known else None,  # type: ignore[list-item]
         )
-
-
-@torch.no_grad()
-def added(weight: Tensor, update: RankKUpdate, *, transposed: bool) -> Tensor:
-    """`weight + ΔW` as a new tensor: added in float32, or in float64 for a float64
-    weight, by blocks of stored rows, and rounded once to the weight's dtype.
-
-    Live edits and checkpoint patches both call this, so that they agree bit for bit.
-
-    Args:
-        weight: as stored, [d_value, d_key] or, if `transposed`, [d_key, d_value].
-
-    Raises:
-        UpdateError: shapes do not fit, or the weight is of a dtype that cannot be
-            added to (integers and float8 mean a quantized checkpoint).
-        NonFiniteError: a result is not finite in the weight's dtype.
-    """
-    expected = update.shape[::-1] if transposed else update.shape
-    if tuple(weight.shape) != expected:
-        raise UpdateError(
-            f"the update changes a weight stored as {list(expected)}, "
-            f"this one is {list(weight.shape)}"
-        )
-    if weight.dtype not in _DTYPES:
-        raise UpdateError(
-            f"a weight of {weight.dtype} cannot be added to, only {_dtype_names()}; "
-            "patch a dequantized copy"
-        )
-    work = torch.promote_types(weight.dtype, torch.float32)
-    factors = update.to(work, weight.device)
-    rows, columns = factors.left, factors.right
-    if transposed:
-        rows, columns = columns.T.contiguous(), rows.T.contiguous()
-    out = torch.empty_like(weight)
-    for start in range(0, weight.shape[0], _ROW_BLOCK):
-        block = slice(start, start + _ROW_BLOCK)
-        # Not addmm: some libraries add the factors' products to the weight one by one.
-        out[block] = weight[block].to(work) + rows[block] @ columns
-    if not bool(torch.isfinite(out).all()):
-        raise NonFiniteError(
-            f"weight + ΔW is not finite in {weight.dtype}; the weight or the update "
-            "holds NaN or infinity, or the sum overflows"
-        )
-    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,16 +164,34 @@ class UpdateSet:
             UpdateError: the metadata is not plain JSON, or the file cannot be written.
         """
         path = Path(path)
+        parts = self.parts()
+        staged = path.with_name(f".{path.name}.tmp")
+        try:
+            with staged.open("wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staged, path)
+        except OSError as error:
+            raise UpdateError(f"{path}: cannot be written: {error}") from error
+        finally:
+            staged.unlink(missing_ok=True)
+        return path
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """What `save` writes, one tensor at a time.
+
+        Raises:
+            UpdateError: the metadata is not plain JSON.
+        """
         entries = sorted(self, key=lambda entry: (entry[0].layer, entry[0].tensor))
-        tensors, storages = {}, set()
-        for address, update in entries:
-            for name, factor in (("left", update.left), ("right", update.right)):
-                factor = factor.detach().cpu().contiguous()
-                # safetensors refuses two tensors that share one storage.
-                if factor.untyped_storage().data_ptr() in storages:
-                    factor = factor.clone()
-                storages.add(factor.untyped_storage().data_ptr())
-                tensors[f"{address.tensor}/{name}"] = factor
+        tensors = {
+            f"{address.tensor}/{field}": tensor
+            for address, update in entries
+            for field in ("left", "right", "keys")
+            if (tensor := getattr(update, field)) is not None
+        }
         header = {
             "format": FORMAT,
             "addresses": [asdict(address) for address, _ in entries],
@@ -209,18 +205,12 @@ class UpdateSet:
             raise UpdateError(
                 f"an update's metadata must be plain, finite JSON data: {error}"
             ) from error
-        staged = path.with_name(f".{path.name}.tmp")
-        try:
-            save_file(tensors, staged, metadata={"unified_edit": text})
-            with staged.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(staged, path)
-        except (OSError, SafetensorError) as error:
-            raise UpdateError(f"{path}: cannot be written: {error}") from error
-        finally:
-            if staged.exists():
-                staged.unlink()
-        return path
+        described = [
+            (name, _NAMES[tensor.dtype], tensor.shape, tensor.nbytes)
+            for name, tensor in tensors.items()
+        ]
+        head = safetensors_header(described, {"unified_edit": text})
+        return itertools.chain([head], map(tensor_bytes, tensors.values()))
 
     @classmethod
     def load(cls, path: str | Path) -> UpdateSet:
@@ -238,18 +228,23 @@ class UpdateSet:
                         f"not an update file of format {FORMAT!r} (found {found!r})"
                     )
                 addresses = [_address(entry) for entry in header["addresses"]]
+                stored = set(file.keys())
                 names = {
-                    f"{address.tensor}/{factor}"
+                    f"{address.tensor}/{field}"
                     for address in addresses
-                    for factor in ("left", "right")
+                    for field in ("left", "right")
                 }
-                if names != set(file.keys()):
-                    odd = sorted(names.symmetric_difference(file.keys()))
+                allowed = {f"{address.tensor}/keys" for address in addresses}
+                odd = sorted((names - stored) | (stored - names - allowed))
+                if odd:
                     raise UpdateError(f"header and tensors disagree about {odd}")
                 updates = {
                     address: RankKUpdate(
-                        file.get_tensor(f"{address.tensor}/left"),
-                        file.get_tensor(f"{address.tensor}/right"),
+                        *(
+                            file.get_tensor(f"{address.tensor}/{field}")
+                            for field in ("left", "right", "keys")
+                            if f"{address.tensor}/{field}" in stored
+                        )
                     )
                     for address in addresses
                 }
@@ -271,6 +266,34 @@ class UpdateSet:
             raise UpdateError(
                 f"{path}: cannot be read as an update: {error}"
             ) from error
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]
+) -> bytes:
+    """Length and header of a safetensors file that holds tensors in this order.
+
+    Args:
+        tensors: name, the format's name of the dtype, shape and bytes of each.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        position += nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor as a file holds it; shares the memory of a contiguous CPU tensor."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
 
 
 def _address(entry: Any) -> WeightAddress:

@@ -6,6 +6,7 @@ and never through a symlink, hashed as they are written, and fsynced before they
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,6 +29,14 @@ LOCK = ".unified-edit.lock"
 _NOT_CHECKPOINT = frozenset({STATE, LOCK, ".git"})
 """Top-level names that are no part of a checkpoint's content."""
 _CHUNK = 4 << 20
+_FICLONE = 0x40049409
+"""Linux's ioctl that shares one file's blocks with another."""
+_CANNOT_LINK = frozenset(
+    {
+        *(errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTTY),
+        *(errno.EINVAL, errno.ENOSYS),
+    }
+)
 
 Piece = tuple[int, int, Callable[[bytearray], memoryview]]
 """Begin and end of a byte range, and what turns its bytes into as many new ones."""
@@ -119,6 +128,48 @@ def splice(source: Path, target: Path, pieces: Iterable[Piece] = ()) -> tuple[st
         _copy(old, new, status.st_size - position, before)
         after = new.digest.hexdigest()
         return after if before is None else before.hexdigest(), after
+
+
+def hard_link(source: Path, target: Path) -> None:
+    """Makes `target` another name of the file `source`; reads nothing.
+
+    Raises:
+        CheckpointError: `source` is a symlink, or the file system cannot.
+    """
+    if source.is_symlink():
+        raise CheckpointError(
+            f"{source}: is a symlink, as in a download cache that others share, and is "
+            "not linked through; copy the unchanged files, or reflink them"
+        )
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        raise CheckpointError(
+            f"{source}: cannot be hard-linked to {target.parent} ({error.strerror}); "
+            "choose a place on the same file system, or copy the unchanged files"
+        ) from error
+
+
+def reflink(source: Path, target: Path) -> None:
+    """Makes `target` a file of its own that shares `source`'s blocks until one of them
+    is written to; reads nothing. Keeps the mode bits.
+
+    Raises:
+        CheckpointError: the file system cannot.
+    """
+    with source.open("rb", buffering=0) as old, NewFile(target) as new:
+        os.fchmod(new.descriptor, stat.S_IMODE(os.fstat(old.fileno()).st_mode))
+        try:
+            fcntl.ioctl(new.descriptor, _FICLONE, old.fileno())
+        except OSError as error:
+            if error.errno not in _CANNOT_LINK:
+                raise
+            raise CheckpointError(
+                f"{source}: this file system cannot share blocks between files "
+                f"({error.strerror}); hard-link the unchanged files, or copy them"
+            ) from error
 
 
 def _copy(old: RawIOBase, new: NewFile, count: int, digest: Any) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unified_edit.algebra.update import safetensors_header
+from unified_edit.algebra.update import tensor_bytes as to_bytes  # noqa: F401
 from unified_edit.checkpoint.files import read_exactly, reported
 from unified_edit.errors import CheckpointError
 
@@ -211,23 +213,9 @@ def to_tensor(entry: TensorEntry, data: bytearray) -> Tensor:
     return torch.frombuffer(data, dtype=entry.torch_dtype).reshape(entry.shape)
 
 
-def to_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor as a file holds them; shares memory if contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data
-
-
 def new_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
     """Length and header of a file that holds these tensors in this order."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    position = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [position, position + entry.nbytes],
-        }
-        position += entry.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
+    return safetensors_header(
+        [(entry.name, entry.dtype, entry.shape, entry.nbytes) for entry in entries],
+        metadata,
+    )

@@ -1,8 +1,8 @@
-"""What a patched folder knows about itself, and the journal of a change under way.
+"""What a patched folder knows about itself.
 
-`.unified-edit/manifest.json` lists the updates in order and the SHA-256 of every file.
-`.unified-edit/journal.json` exists only while files of the folder are being replaced:
-whoever finds one finds a folder that is neither the old one nor the new.
+`.unified-edit/manifest.json` lists the updates in order, and the SHA-256 of every file
+that was read. `.unified-edit/journal.json` exists only while files of the folder are
+being replaced (`journal`): then nothing else is to be believed.
 """
 
 from __future__ import annotations
@@ -10,29 +10,26 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from unified_edit.algebra.addition import ROUNDINGS, Rounding
 from unified_edit.checkpoint.files import (
     LOCK,
     STATE,
     refuse_if_locked,
-    remove,
-    remove_tree,
     reported,
-    write_json,
 )
 from unified_edit.checkpoint.layout import TensorEntry, read_header
 from unified_edit.checkpoint.sharded import is_file_name
 from unified_edit.errors import CheckpointError
 
-FORMAT = "unified-edit/checkpoint/1"
+FORMAT = "unified-edit/checkpoint/2"
 MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
-STAGED = "staged"
-"""Folder below `.unified-edit` where files wait to take their places."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -58,6 +55,8 @@ class UpdateRecord:
     """The same files' SHA-256 after it."""
     tensors: tuple[Mapping[str, Any], ...]
     """The report of each patched tensor (`TensorReport.as_dict`)."""
+    rounding: Rounding
+    """How patched weights were rounded."""
     metadata: Mapping[str, Any]
     """The update's own: recipe, edits, statistics, contexts, seed."""
 
@@ -76,6 +75,8 @@ class UpdateRecord:
             raise ValueError(f"update {record.number} is unclear about what it changed")
         for hashes in (record.before, record.after):
             _check_hashes(hashes)
+        if record.rounding not in ROUNDINGS:
+            raise ValueError(f"update {record.number}: rounding {record.rounding!r}")
         if not all(is_file_name(name) for name in record.before):
             raise ValueError(f"update {record.number} changed files outside the folder")
         return record
@@ -87,8 +88,9 @@ class Manifest:
 
     updates: tuple[UpdateRecord, ...]
     """In the order in which they were applied."""
-    files: Mapping[str, str]
-    """SHA-256 of every file but this package's own, by relative name."""
+    files: Mapping[str, str | None]
+    """Every file but this package's own, by relative name, with its SHA-256; None for
+    weights that no update changes and that were not read, but linked or left."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -100,7 +102,7 @@ class Manifest:
         """Raises KeyError, TypeError or ValueError for what `as_dict` did not give."""
         if data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
-        _check_hashes(data["files"])
+        _check_hashes({k: v for k, v in data["files"].items() if v is not None})
         updates = tuple(UpdateRecord.from_dict(record) for record in data["updates"])
         numbers = [record.number for record in updates]
         if not numbers or numbers != list(range(1, len(numbers) + 1)):
@@ -108,120 +110,68 @@ class Manifest:
         return cls(updates, data["files"])
 
 
-@dataclass(frozen=True)
-class Journal:
-    """A change of a folder that was begun: undoing `record` restores `manifest`."""
-
-    record: UpdateRecord
-    manifest: Manifest | None
-    """Of the folder without the record's update; None if it then has no history."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        manifest = self.manifest and self.manifest.as_dict()
-        record = self.record.as_dict()
-        return {"format": FORMAT, "record": record, "manifest": manifest}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Journal:
-        """Raises KeyError, TypeError or ValueError for what `as_dict` did not give."""
-        if data["format"] != FORMAT:
-            raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
-        manifest = data["manifest"] and Manifest.from_dict(data["manifest"])
-        return cls(UpdateRecord.from_dict(data["record"]), manifest)
-
-
 def update_names(number: int) -> tuple[str, str]:
     """File names, in `.unified-edit`, of update `number` and of its undo data."""
     return f"update-{number:04d}.safetensors", f"undo-{number:04d}.safetensors"
 
 
-def check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be changed in place.
+def refuse_unfinished(folder: Path) -> None:
+    """For whoever is about to read a folder's weights.
 
     Raises:
-        CheckpointError: no folder, read-only, or its state lies behind a symlink.
+        CheckpointError: no such folder, or a change of it is under way or was
+            interrupted.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a checkpoint folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
+        left = staging_of(folder).exists()
+        hint = "; a patch into it was interrupted, recover removes what is left"
         raise CheckpointError(
-            f"{folder}: is read-only, so it cannot be changed in place; patch it into "
-            "a new folder"
+            f"{folder}: not a checkpoint folder{hint if left else ''}"
         )
-    if (folder / STATE).is_symlink():
+    with reported(f"{folder}: cannot be read"):
+        refuse_if_locked(folder / LOCK)
+    refuse_half_changed(folder)
+
+
+def refuse_half_changed(folder: Path) -> None:
+    """`refuse_unfinished`, for who holds the folder's lock."""
+    with reported(f"{folder}: cannot be read"):
+        unfinished = os.path.lexists(folder / STATE / JOURNAL)
+    if unfinished:
         raise CheckpointError(
-            f"{folder / STATE}: is a symlink, which is not written through; put the "
-            "folder itself in its place"
+            f"{folder}: a change of this folder was interrupted, its files may be half "
+            "replaced; recover it first"
         )
+
+
+def staging_of(out: Path) -> Path:
+    """Where a new folder is put together, beside its place."""
+    return out.parent / f".{out.name}.unified-edit-staging"
+
+
+def lock_of(out: Path) -> Path:
+    """The lock file of who makes a new folder."""
+    return out.parent / f".{out.name}.unified-edit-lock"
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The folder's manifest, or None if it was never patched.
 
     Raises:
-        CheckpointError: no such folder, a change of it was interrupted or is under
-            way, or the manifest cannot be read.
+        CheckpointError: as `refuse_unfinished`, or the manifest cannot be read.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a checkpoint folder")
-    with reported(f"{folder}: cannot be read"):
-        refuse_if_locked(folder / LOCK)
+    refuse_unfinished(folder)
     return read_own_manifest(folder)
 
 
 def read_own_manifest(folder: Path) -> Manifest | None:
     """`read_manifest`, for who holds the folder's lock."""
-    if (folder / STATE / JOURNAL).exists():
-        raise CheckpointError(
-            f"{folder}: a patch or revert of this folder was interrupted, its files "
-            "may be half replaced; call revert on it first"
-        )
-    data = _read(folder / STATE / MANIFEST)
+    refuse_half_changed(folder)
+    data = read_state(folder / STATE / MANIFEST)
     if data is None:
         return None
-    try:
+    with unreadable(folder / STATE / MANIFEST):
         return Manifest.from_dict(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _unreadable(folder / STATE / MANIFEST, error) from error
-
-
-def read_journal(folder: Path) -> Journal | None:
-    """What was being done when a change of the folder was interrupted, if one was."""
-    data = _read(folder / STATE / JOURNAL)
-    if data is None:
-        return None
-    try:
-        return Journal.from_dict(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _unreadable(folder / STATE / JOURNAL, error) from error
-
-
-def write_journal(folder: Path, journal: Journal) -> None:
-    """From here on, until the journal is removed, the folder counts as half-changed."""
-    write_json(folder / STATE / JOURNAL, journal.as_dict())
-
-
-def discard_leftovers(folder: Path, manifest: Manifest | None) -> None:
-    """Removes from `.unified-edit` what no manifest names, and the folder itself if
-    nothing is left in it. Only for who holds the lock and sees no journal."""
-    state = folder / STATE
-    if not state.is_dir():
-        return
-    kept = set() if manifest is None else {MANIFEST}
-    for record in manifest.updates if manifest else ():
-        kept |= {record.update, record.undo}
-    for path in state.iterdir():
-        if path.name not in kept:
-            remove_tree(path)
-    if not kept:
-        state.rmdir()
-
-
-def withdraw(folder: Path, manifest: Manifest | None) -> None:
-    """Takes back what was staged in `folder`, before any of its files was replaced."""
-    remove(folder / STATE / JOURNAL)  # first: it needs the undo data
-    discard_leftovers(folder, manifest)
 
 
 def originals(
@@ -243,18 +193,23 @@ def _check_hashes(hashes: Mapping[str, Any]) -> None:
             raise ValueError(f"{name!r} has no SHA-256 but {value!r}")
 
 
-def _read(path: Path) -> Any:
+def read_state(path: Path) -> Any:
+    """The JSON data of one of this package's own files; None if it is absent."""
     with reported(f"{path}: cannot be read"):
         if not path.exists():
             return None
-        try:
-            return json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise _unreadable(path, error) from error
+        text = path.read_bytes()
+    with unreadable(path):
+        return json.loads(text)
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: not what this version writes ({error}); restore the folder from a "
-        "copy, or use the version that wrote it"
-    )
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Turns what `from_dict` raises into a CheckpointError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not what this version writes ({error}); restore the folder from "
+            "a copy, or use the version that wrote it"
+        ) from error

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_edit.algebra.update import RankKUpdate, added
+from unified_edit.algebra.addition import Rounding, blocks
+from unified_edit.algebra.update import RankKUpdate
 from unified_edit.checkpoint.layout import TensorEntry
 from unified_edit.errors import CheckpointError, NonFiniteError, UpdateError
 
-_ROW_BLOCK = 256
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -36,54 +37,104 @@ class TensorReport:
     """‖(W' − W) − ΔW‖_F / ‖ΔW‖_F: the share that rounding to `dtype` lost."""
     changed_elements: int
     """How many stored values differ in any bit."""
+    worst_key_error: float | None
+    """Largest ‖(W' − W − ΔW) k‖ / ‖ΔW k‖ over the edits' own keys: the share of an
+    edit that rounding lost; None for an update without keys."""
+    median_key_error: float | None
+    """The median of the same."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {**asdict(self), "shape": list(self.shape)}
 
 
-def changed(
-    entry: TensorEntry, before: Tensor, update: RankKUpdate, *, transposed: bool
-) -> tuple[Tensor, TensorReport]:
-    """The patched tensor, and the report about it.
+def change(
+    entry: TensorEntry,
+    weight: Tensor,
+    update: RankKUpdate,
+    *,
+    transposed: bool,
+    rounding: Rounding,
+) -> TensorReport:
+    """Adds the update to `weight` itself and reports what that did. One product of
+    the factors serves both; with keys, one more tells what rounding did to them.
 
     Args:
-        before: [d_value, d_key], or [d_key, d_value] if `transposed`.
+        weight: [d_value, d_key], or [d_key, d_value] if `transposed`. Half-changed
+            after an error.
 
     Raises:
         NonFiniteError: the stored weight, the factors or the result are not finite.
         CheckpointError: not a single stored value would change.
+        UpdateError: as `algebra.addition.blocks`.
     """
-    if not bool(torch.isfinite(before).all()):
-        raise NonFiniteError(
-            f"{entry.file}: tensor {entry.name!r} holds NaN or infinity already; "
-            "use an intact checkpoint"
-        )
+    matrix = weight.T if transposed else weight
+    # Beyond 16 bits the weight has as many digits as the product.
+    work = torch.float64 if weight.dtype.itemsize > 2 else torch.float32
+    keys = None if update.keys is None else update.keys.to(torch.float32).T
+    kind = _INTEGERS[weight.dtype.itemsize]
+    before = lost = intended = 0.0
+    missed = torch.zeros(0 if keys is None else keys.shape[1], dtype=torch.float64)
+    count = 0
     try:
-        after = added(before, update, transposed=transposed)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{entry.file}: tensor {entry.name!r}: {error}") from error
-    count = _differing(before, after)
-    norm = update.norm()
-    weight_norm = float(torch.linalg.vector_norm(before, dtype=torch.float64))
+        for block in blocks(weight, update, transposed=transposed, rounding=rounding):
+            error = (block.after.to(work) - block.before.to(work)).sub_(block.change)
+            if keys is not None:
+                missed += (error.float() @ keys).double().square().sum(dim=0)
+            lost += _square(error)
+            before += _square(block.before)
+            intended += _square(block.change)
+            count += int((block.before.view(kind) != block.after.view(kind)).sum())
+            matrix[block.rows] = block.after
+    except (NonFiniteError, UpdateError) as error:
+        reason = str(error)
+        if not bool(torch.isfinite(weight).all()):
+            reason = "holds NaN or infinity already; use an intact checkpoint"
+        raise type(error)(f"{entry.file}: tensor {entry.name!r}: {reason}") from error
+    norm, weight_norm = math.sqrt(intended), math.sqrt(before)
     if not count:
         raise CheckpointError(
             f"{entry.file}: the update (‖ΔW‖ {norm:.3g} against ‖W‖ {weight_norm:.3g}) "
             f"changes nothing in tensor {entry.name!r} once rounded to {entry.dtype}; "
-            "make a larger update, or patch a copy in float32"
+            "make a larger update, round towards its keys, or patch a copy in float32"
         )
-    report = TensorReport(
-        entry.name,
-        entry.shape,
-        entry.dtype,
-        entry.file,
-        update.rank,
-        norm,
-        norm / weight_norm if weight_norm else None,
-        _rounding_error(before, after, update, transposed) / norm if norm else 0.0,
-        count,
+    worst, median = _key_errors(update, missed)
+    return TensorReport(
+        name=entry.name,
+        shape=entry.shape,
+        dtype=entry.dtype,
+        shard=entry.file,
+        rank=update.rank,
+        update_norm=norm,
+        relative_change=norm / weight_norm if weight_norm else None,
+        rounding_loss=math.sqrt(lost) / norm if norm else 0.0,
+        changed_elements=count,
+        worst_key_error=worst,
+        median_key_error=median,
     )
-    return after, report
+
+
+def _square(tensor: Tensor) -> float:
+    """Sum of squares; in float64 where it is added up, a row at a time."""
+    rows = torch.linalg.vector_norm(tensor, dim=1, dtype=_wide(tensor.dtype))
+    return float(rows.double().square().sum())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.itemsize > 2 else torch.float32
+
+
+def _key_errors(
+    update: RankKUpdate, missed: Tensor
+) -> tuple[float | None, float | None]:
+    """‖E k‖ / ‖ΔW k‖ of the worst and of the median key, for ‖E k‖² in `missed`."""
+    if update.keys is None or not len(update.keys):
+        return None, None
+    wide = _wide(update.left.dtype)
+    meant = (update.keys.to(wide) @ update.right.to(wide).T) @ update.left.to(wide).T
+    sizes = torch.linalg.vector_norm(meant, dim=1).double()
+    shares = missed.sqrt() / sizes.clamp_min(torch.finfo(torch.float64).tiny)
+    return float(shares.max()), float(shares.median())
 
 
 def check_fits(entry: TensorEntry, update: RankKUpdate, *, transposed: bool) -> None:
@@ -110,24 +161,38 @@ def equal_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def within_rounding(
-    before: Tensor, one: Tensor, other: Tensor, update: RankKUpdate, *, transposed: bool
+    before: Tensor,
+    one: Tensor,
+    other: Tensor,
+    update: RankKUpdate,
+    *,
+    transposed: bool,
+    rounding: Rounding,
 ) -> bool:
-    """Whether two results of `added(before, update)` differ by no more than the order
-    of summation, which another processor or library may choose differently.
+    """Whether two results of adding `update` to `before` differ by no more than the
+    order of summation, which another processor or library may choose differently.
 
-    The bound is the standard one for a sum of k products, k·u·(|L|·|R|), twice, and
-    the rounding of the result to the weight's dtype.
+    For rounding to nearest the bound is the standard one for a sum of k products,
+    k·u·(|L|·|R|), twice, and the rounding of the result to the weight's dtype. Rounding
+    towards keys passes a difference on to all later columns: there both results must
+    lose as much, to a tenth, of the whole and of each key.
     """
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if rounding == "keys":
+        mine, theirs = (
+            _losses(before, result, update, transposed) for result in (one, other)
+        )
+        return bool((mine <= 1.1 * theirs + 1e-6 * mine.max()).all()) and bool(
+            (theirs <= 1.1 * mine + 1e-6 * mine.max()).all()
+        )
     work = torch.promote_types(before.dtype, torch.float32)
     sizes = RankKUpdate(update.left.abs(), update.right.abs())
-    for block, part in _row_blocks(before, sizes, transposed):
-        start, one_part, other_part = (
-            tensor[block].to(torch.float64) for tensor in (before, one, other)
-        )
-        total = added(start.abs(), part, transposed=transposed)
-        bound = total * (
+    turned = [tensor.T if transposed else tensor for tensor in (one, other)]
+    # |W| + |L|·|R|, in float64
+    for block in blocks(before.abs().double(), sizes, transposed=transposed):
+        one_part, other_part = (tensor[block.rows].double() for tensor in turned)
+        bound = block.after * (
             2 * (update.rank + 2) * torch.finfo(work).eps
         ) + 2 * torch.finfo(before.dtype).eps * torch.maximum(
             one_part.abs(), other_part.abs()
@@ -137,36 +202,16 @@ def within_rounding(
     return True
 
 
-def _rounding_error(
+def _losses(
     before: Tensor, after: Tensor, update: RankKUpdate, transposed: bool
-) -> float:
-    """‖(after − before) − ΔW‖_F, in more digits than the weight has."""
-    work = torch.float64 if before.dtype.itemsize > 2 else torch.float32
-    total = 0.0
-    for block, part in _row_blocks(before, update, transposed):
-        zeros = torch.zeros(before[block].shape, dtype=work)
-        exact = added(zeros, part, transposed=transposed)
-        lost = after[block].to(work) - before[block].to(work) - exact
-        total += float(lost.double().square().sum())
-    return math.sqrt(total)
-
-
-def _row_blocks(
-    weight: Tensor, update: RankKUpdate, transposed: bool
-) -> list[tuple[slice, RankKUpdate]]:
-    """Blocks of stored rows, each with the part of the update that changes it."""
-    blocks = []
-    for start in range(0, weight.shape[0], _ROW_BLOCK):
-        block = slice(start, start + _ROW_BLOCK)
-        if transposed:
-            part = RankKUpdate(update.left, update.right[:, block])
-        else:
-            part = RankKUpdate(update.left[block], update.right)
-        blocks.append((block, part))
-    return blocks
-
-
-def _differing(before: Tensor, after: Tensor) -> int:
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    kind = kinds[before.dtype.itemsize]
-    return int((before.view(kind) != after.view(kind)).sum())
+) -> Tensor:
+    """‖E‖_F and ‖E k‖ of each key, for E = after − before − ΔW."""
+    assert update.keys is not None
+    turned = after.T if transposed else after
+    keys = update.keys.to(torch.float32).T
+    total = torch.zeros(1 + keys.shape[1], dtype=torch.float64)
+    for block in blocks(before.float(), update, transposed=transposed):
+        error = turned[block.rows].float() - block.after
+        total[0] += _square(error)
+        total[1:] += (error @ keys).double().square().sum(dim=0)
+    return total.sqrt()

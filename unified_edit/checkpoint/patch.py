@@ -3,27 +3,27 @@
 Only the bytes of the patched tensors change: headers, metadata, other tensors and
 sidecar files are copied as they are. Everything is staged and fsynced first. A new
 folder appears by one rename; in place, the undo data and a journal are on disk before
-the first file is replaced, so that `revert` can restore the folder from any moment.
+the first file is replaced, so that `recover` can finish or undo from any moment.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from unified_edit.algebra.addition import Rounding
 from unified_edit.algebra.update import UpdateSet
 from unified_edit.checkpoint.files import (
     LOCK,
     STATE,
+    hard_link,
     listing,
     locked,
-    remove,
+    reflink,
     remove_tree,
-    replace,
     reported,
     sha256_of,
     splice,
@@ -33,19 +33,23 @@ from unified_edit.checkpoint.files import (
     undone,
     write_json,
 )
-from unified_edit.checkpoint.manifest import (
-    JOURNAL,
-    MANIFEST,
+from unified_edit.checkpoint.journal import (
     STAGED,
     Journal,
-    Manifest,
-    UpdateRecord,
+    begin,
     check_writable,
     discard_leftovers,
+    finish,
+    withdraw,
+)
+from unified_edit.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    UpdateRecord,
+    lock_of,
     read_manifest,
     read_own_manifest,
-    withdraw,
-    write_journal,
+    staging_of,
 )
 from unified_edit.checkpoint.measure import TensorReport
 from unified_edit.checkpoint.plan import (
@@ -54,17 +58,26 @@ from unified_edit.checkpoint.plan import (
     make_plan,
     write_staged,
 )
-from unified_edit.checkpoint.revert import RevertReport, revert
+from unified_edit.checkpoint.revert import RevertReport, recover, revert
 from unified_edit.checkpoint.sharded import CONFIG
 from unified_edit.checkpoint.verify import VerifyReport, history, verify
 from unified_edit.errors import CheckpointError, CheckpointMismatch
 
-__all__ = ["PatchReport", "Patched", "history", "patch", "revert", "verify"]
+__all__ = [
+    "PatchReport",
+    "Patched",
+    "history",
+    "patch",
+    "recover",
+    "revert",
+    "verify",
+]
 
-_OTHER_WEIGHTS = (
-    *("*.safetensors", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth", "*.ckpt"),
-    "pytorch_model*.bin",
-)
+Unchanged = Literal["copy", "hardlink", "reflink"]
+"""How a new folder gets the weights that no update changes: as copies, as further
+names of the base's files, or as files that share the base's blocks on the disk."""
+
+UNCHANGED: tuple[str, ...] = get_args(Unchanged)
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,8 @@ class PatchReport:
     """The update's place in the folder's history, from 1."""
     base_fingerprint: str
     result_fingerprint: str
+    rounding: str
+    """How patched weights were rounded."""
     tensors: tuple[TensorReport, ...]
     files: tuple[str, ...]
     """The files whose content changed."""
@@ -115,12 +130,18 @@ def patch(
     update: UpdateSet,
     out: str | Path | None = None,
     *,
+    unchanged: Unchanged = "copy",
+    rounding: Rounding = "nearest",
     check_base: bool = True,
 ) -> Patched:
     """Writes `update` into a copy of the folder `base`, or into `base` itself.
 
     Args:
         out: the new folder, absent or empty; None patches in place.
+        unchanged: how a new folder gets the weight files that the update does not
+            touch. Linked ones are not read; sidecar files are always copied.
+        rounding: of half-precision weights: `nearest`, or `keys`, which keeps what the
+            patched weight does to the edits' keys (`algebra.rounding`).
         check_base: refuse an update whose metadata does not name this very model as
             its `base_fingerprint`.
 
@@ -135,26 +156,43 @@ def patch(
         UpdateError: the update is empty, does not fit, or is no JSON-able data.
         NonFiniteError: NaN or infinity in a weight, before or after.
     """
+    if unchanged not in UNCHANGED:
+        raise CheckpointError(
+            f"unchanged files: {unchanged!r} is none of {', '.join(UNCHANGED)}"
+        )
     if out is None:
-        return _patch_in_place(Path(base), update, check_base)
+        return _patch_in_place(Path(base), update, rounding, check_base)
     out = Path(os.path.abspath(out))
-    return _patch_copy(Path(base), update, check_base, out)
+    plan = make_plan(
+        Path(base),
+        read_manifest(Path(base)),
+        update,
+        rounding=rounding,
+        check_base=check_base,
+    )
+    return _patch_copy(plan, out, unchanged)
 
 
-def _patch_copy(base: Path, update: UpdateSet, check_base: bool, out: Path) -> Patched:
-    plan = make_plan(base, read_manifest(base), update, check_base=check_base)
+def _patch_copy(plan: Plan, out: Path, unchanged: Unchanged) -> Patched:
+    base = plan.checkpoint.folder
     with reported(f"{out}: cannot be written, nothing was changed"):
         _check_target(base, out)
-        with locked(out.parent / f".{out.name}.unified-edit-lock"):
-            staging = out.parent / f".{out.name}.unified-edit-staging"
+        with locked(lock_of(out)):
+            staging = staging_of(out)
             remove_tree(staging)
             os.mkdir(staging)
             with undone(lambda: remove_tree(staging)):
-                record, reports = _stage_copy(plan, staging)
+                record, reports, linked = _stage_copy(plan, staging, unchanged)
                 os.rename(staging, out)
             with reported(f"{out}: is complete, but may not survive a power cut"):
                 sync_folder(out.parent)
-    return Patched(out, base, _report(plan, out, record, reports))
+    notes = _notes(plan)
+    if linked and unchanged == "hardlink":
+        notes += (
+            f"{len(linked)} weight files are the base's own under a second name: what "
+            "writes into one of them, instead of replacing it, changes both",
+        )
+    return Patched(out, base, _report(plan, out, record, reports, notes))
 
 
 def _check_target(base: Path, out: Path) -> None:
@@ -177,28 +215,43 @@ def _check_target(base: Path, out: Path) -> None:
 
 
 def _stage_copy(
-    plan: Plan, staging: Path
-) -> tuple[UpdateRecord, tuple[TensorReport, ...]]:
+    plan: Plan, staging: Path, unchanged: Unchanged
+) -> tuple[UpdateRecord, tuple[TensorReport, ...], set[str]]:
     base = plan.checkpoint.folder
     state = staging / STATE
     os.mkdir(state)
     read = states_of(base, plan.files)
     record, reports = write_staged(plan, staging, state)
-    hashes = {**record.after, CONFIG: sha256_of(base / CONFIG)}
+    linked = set() if unchanged == "copy" else {*plan.weights()} - {*plan.changes}
+    hashes: dict[str, str] = {**record.after, CONFIG: sha256_of(base / CONFIG)}
     for name in plan.files:
-        if name not in hashes:
-            target = staging / name
-            target.parent.mkdir(parents=True, exist_ok=True)
+        if name in hashes:
+            continue
+        target = staging / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name not in linked:
             hashes[name], _ = splice(base / name, target)
+        elif unchanged == "hardlink":
+            hard_link(base / name, target)
+        else:
+            reflink(base / name, target)
     check_weights(plan, {**hashes, **record.before})
     _copy_history(plan, state)
-    write_json(state / MANIFEST, Manifest((*plan.earlier, record), hashes).as_dict())
+    write_json(state / MANIFEST, _manifest(plan, record, hashes).as_dict())
     # The config goes last: until it is there, no loader takes the folder for a model.
     splice(base / CONFIG, staging / CONFIG)
     if states_of(base, listing(base)) != read or read_manifest(base) != plan.manifest:
         raise CheckpointError(f"{base}: was changed while it was read; patch it again")
     sync_tree(staging)
-    return record, reports
+    return record, reports, linked
+
+
+def _manifest(plan: Plan, record: UpdateRecord, hashes: Mapping[str, str]) -> Manifest:
+    """The folder's next one. A file that was not read is what it was, if that was
+    known."""
+    known = plan.manifest.files if plan.manifest else {}
+    files = {name: hashes.get(name, known.get(name)) for name in plan.files}
+    return Manifest((*plan.earlier, record), files)
 
 
 def _copy_history(plan: Plan, state: Path) -> None:
@@ -215,27 +268,23 @@ def _copy_history(plan: Plan, state: Path) -> None:
                 )
 
 
-def _patch_in_place(base: Path, update: UpdateSet, check_base: bool) -> Patched:
+def _patch_in_place(
+    base: Path, update: UpdateSet, rounding: Rounding, check_base: bool
+) -> Patched:
     check_writable(base)
     with reported(f"{base}: cannot be written"), locked(base / LOCK):
         manifest = read_own_manifest(base)
         discard_leftovers(base, manifest)
-        plan = make_plan(base, manifest, update, check_base=check_base)
+        plan = make_plan(
+            base, manifest, update, rounding=rounding, check_base=check_base
+        )
         _check_no_symlinks(plan)
         with undone(lambda: withdraw(base, manifest)):
             record, reports, after = _stage_in_place(plan)
-            write_journal(base, Journal(record, manifest))
-        with reported(
-            f"{base}: replacing its files was interrupted; call revert on it to get "
-            "the original back"
-        ):
-            for name in record.after:
-                replace(base / STATE / STAGED / name, base / name)
-            write_json(base / STATE / MANIFEST, after.as_dict())
-            remove(base / STATE / JOURNAL)
-        with suppress(OSError):  # the patch is complete; the next one would tidy up
-            discard_leftovers(base, after)
-    return Patched(base, None, _report(plan, base, record, reports))
+            journal = Journal(manifest, after)
+            begin(base, journal)
+        finish(base, journal)
+    return Patched(base, None, _report(plan, base, record, reports, _notes(plan)))
 
 
 def _check_no_symlinks(plan: Plan) -> None:
@@ -256,14 +305,22 @@ def _stage_in_place(
     state.mkdir(exist_ok=True)
     os.mkdir(staged)
     record, reports = write_staged(plan, staged, state)
-    others = {
-        name: sha256_of(base / name) for name in plan.files if name not in plan.changes
+    weights = plan.weights()
+    sidecars = {
+        name: sha256_of(base / name) for name in plan.files if name not in weights
     }
-    check_weights(plan, {**others, **record.before})
+    check_weights(plan, record.before)
     sync_tree(state)
     sync_folder(base)
-    after = Manifest((*plan.earlier, record), {**others, **record.after})
-    return record, reports, after
+    return record, reports, _manifest(plan, record, {**sidecars, **record.after})
+
+
+def _notes(plan: Plan) -> tuple[str, ...]:
+    return tuple(
+        f"{name} may hold weights too and was left as it was"
+        for name in plan.weights()
+        if name not in plan.checkpoint.files
+    )
 
 
 def _report(
@@ -271,19 +328,15 @@ def _report(
     folder: Path,
     record: UpdateRecord,
     reports: tuple[TensorReport, ...],
+    notes: tuple[str, ...],
 ) -> PatchReport:
-    notes = [
-        f"{name} may hold weights too and was left as it was"
-        for name in plan.files
-        if name not in plan.checkpoint.files
-        and any(fnmatch(name, kind) for kind in _OTHER_WEIGHTS)
-    ]
     return PatchReport(
         folder=str(folder),
         number=record.number,
         base_fingerprint=record.base_fingerprint,
         result_fingerprint=record.result_fingerprint,
+        rounding=plan.rounding,
         tensors=reports,
         files=tuple(record.after),
-        notes=tuple(notes),
+        notes=notes,
     )

@@ -9,18 +9,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from covariance_cache.fingerprint import Sample, sample_of
+from unified_edit.algebra.addition import Rounding
 from unified_edit.algebra.update import RankKUpdate, UpdateSet
-from unified_edit.checkpoint.files import STATE, NewFile, sha256_of, splice
-from unified_edit.checkpoint.layout import TensorEntry, new_header, to_bytes, to_tensor
+from unified_edit.checkpoint.files import STATE, NewFile, splice
+from unified_edit.checkpoint.layout import TensorEntry, new_header, to_tensor
 from unified_edit.checkpoint.manifest import Manifest, UpdateRecord, update_names
-from unified_edit.checkpoint.measure import TensorReport, changed, check_fits
+from unified_edit.checkpoint.measure import TensorReport, check_fits
+from unified_edit.checkpoint.measure import change as add_to
 from unified_edit.checkpoint.sharded import Checkpoint
-from unified_edit.errors import CheckpointError, CheckpointMismatch, UpdateError
+from unified_edit.errors import CheckpointMismatch, UpdateError
+
+_OTHER_WEIGHTS = (
+    *("*.safetensors", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth", "*.ckpt"),
+    "pytorch_model*.bin",
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Plan:
     manifest: Manifest | None
     """Of the base."""
     update: UpdateSet
+    rounding: Rounding
     metadata: Mapping[str, Any]
     fingerprint: str
     """Of the base."""
@@ -48,6 +57,15 @@ class Plan:
     """By file, then by offset."""
     files: tuple[str, ...]
     """Every file of the base but this package's own."""
+
+    def weights(self) -> tuple[str, ...]:
+        """The files that hold weights, this model's or other copies of them."""
+        return tuple(
+            name
+            for name in self.files
+            if name in self.checkpoint.files
+            or any(fnmatch(name, kind) for kind in _OTHER_WEIGHTS)
+        )
 
     @property
     def earlier(self) -> tuple[UpdateRecord, ...]:
@@ -60,6 +78,7 @@ def make_plan(
     manifest: Manifest | None,
     update: UpdateSet,
     *,
+    rounding: Rounding,
     check_base: bool,
 ) -> Plan:
     """Checks everything that can be checked without reading the weights.
@@ -86,7 +105,9 @@ def make_plan(
     if check_base:
         _check_base(base, fingerprint, metadata.get("base_fingerprint"))
     files = tuple(checkpoint.listing())
-    return Plan(checkpoint, manifest, update, metadata, fingerprint, changes, files)
+    return Plan(
+        checkpoint, manifest, update, rounding, metadata, fingerprint, changes, files
+    )
 
 
 def _check_base(base: Path, fingerprint: str, wanted: Any) -> None:
@@ -112,10 +133,9 @@ def write_staged(
     One pass over each shard, one tensor in memory at a time."""
     number = len(plan.earlier) + 1
     update_name, undo_name = update_names(number)
-    try:
-        UpdateSet(plan.update.updates, plan.metadata).save(state / update_name)
-    except UpdateError as error:  # the metadata are plain JSON: it is the disk
-        raise CheckpointError(str(error)) from error
+    with NewFile(state / update_name) as kept:
+        for data in UpdateSet(plan.update.updates, plan.metadata).parts():
+            kept.write(data)
     reports: list[TensorReport] = []
     samples: dict[str, Sample] = {}
     before: dict[str, str] = {}
@@ -127,12 +147,16 @@ def write_staged(
         def change(part: Change, data: bytearray) -> memoryview:
             undo.write(data)
             weight = to_tensor(part.entry, data)
-            patched, report = changed(
-                part.entry, weight, part.update, transposed=part.transposed
+            report = add_to(
+                part.entry,
+                weight,
+                part.update,
+                transposed=part.transposed,
+                rounding=plan.rounding,
             )
             reports.append(report)
-            samples[part.entry.name] = sample_of(patched)
-            return to_bytes(patched)
+            samples[part.entry.name] = sample_of(weight)
+            return memoryview(data)
 
         for file, parts in plan.changes.items():
             pieces = [
@@ -144,7 +168,7 @@ def write_staged(
     record = UpdateRecord(
         number=number,
         update=update_name,
-        update_sha256=sha256_of(state / update_name),
+        update_sha256=kept.digest.hexdigest(),
         undo=undo_name,
         undo_sha256=undo.digest.hexdigest(),
         base_fingerprint=plan.fingerprint,
@@ -152,6 +176,7 @@ def write_staged(
         before=before,
         after=after,
         tensors=tuple(report.as_dict() for report in reports),
+        rounding=plan.rounding,
         metadata=plan.metadata,
     )
     return record, tuple(reports)
@@ -159,11 +184,12 @@ def write_staged(
 
 def check_weights(plan: Plan, hashes: Mapping[str, str]) -> None:
     """Refuses to build on weights that changed since the last patch: its undo data
-    would no longer fit them."""
+    would no longer fit them. Files that were not read, now or then, are believed."""
     if plan.manifest is None:
         return
     for name in plan.checkpoint.files:
-        if hashes[name] != plan.manifest.files.get(name):
+        known = plan.manifest.files.get(name)
+        if known is not None and hashes.get(name, known) != known:
             raise CheckpointMismatch(
                 f"{plan.checkpoint.folder / name}: was changed since the last patch, "
                 "which could then not be reverted; restore the file, or start from "

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from unified_edit.algebra.update import UpdateSet, added
+from unified_edit.algebra.addition import added
+from unified_edit.algebra.update import UpdateSet
 from unified_edit.checkpoint.files import STATE, listing, reported, sha256_of
 from unified_edit.checkpoint.layout import TensorEntry, read_header, read_tensor
 from unified_edit.checkpoint.manifest import (
@@ -31,7 +32,10 @@ class VerifyReport:
     updates: int
     """How many updates the folder's history has."""
     files: int
-    """Files whose SHA-256 was compared with the manifest."""
+    """Files that the manifest names, all there."""
+    unread: tuple[str, ...]
+    """Weight files without a SHA-256, for they were linked or left: only comparing
+    with a base tells whether they are what they were."""
     tensors: tuple[str, ...]
     """Patched tensors that were recomputed from their original bytes."""
     compared_with_base: int | None
@@ -49,6 +53,7 @@ class VerifyReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         lists = {
+            "unread": list(self.unread),
             "tensors": list(self.tensors),
             "problems": list(self.problems),
             "notes": list(self.notes),
@@ -106,6 +111,7 @@ def verify(folder: str | Path, base: str | Path | None = None) -> VerifyReport:
         folder=str(folder),
         updates=len(manifest.updates),
         files=len(manifest.files),
+        unread=tuple(name for name, known in manifest.files.items() if known is None),
         tensors=tuple(dict.fromkeys(findings.recomputed)),
         compared_with_base=compared,
         problems=tuple(findings.problems),
@@ -124,7 +130,7 @@ class _Findings:
 
 def _check_files(folder: Path, manifest: Manifest) -> _Findings:
     findings = _Findings()
-    expected = dict(manifest.files)
+    expected: dict[str, str | None] = dict(manifest.files)
     for record in manifest.updates:
         expected[f"{STATE}/{record.update}"] = record.update_sha256
         expected[f"{STATE}/{record.undo}"] = record.undo_sha256
@@ -132,7 +138,7 @@ def _check_files(folder: Path, manifest: Manifest) -> _Findings:
         path = folder / name
         if not path.is_file():
             findings.problems.append(f"{name}: is missing")
-        elif (found := sha256_of(path)) != sha256:
+        elif sha256 is not None and (found := sha256_of(path)) != sha256:
             findings.problems.append(
                 f"{name}: its SHA-256 is {found}, the manifest says {sha256}"
             )
@@ -170,7 +176,12 @@ def _check_update(
         before = read_tensor(state / record.undo, undo[name])
         after = _tensor_at(checkpoint, later, name)
         try:
-            expected = added(before, update, transposed=address.transposed)
+            expected = added(
+                before,
+                update,
+                transposed=address.transposed,
+                rounding=record.rounding,
+            )
         except (UpdateError, NonFiniteError) as error:
             findings.problems.append(f"update {number}, tensor {name!r}: {error}")
             continue
@@ -178,7 +189,12 @@ def _check_update(
         if _same(expected, after):
             continue
         if intact and within_rounding(
-            before, expected, after, update, transposed=address.transposed
+            before,
+            expected,
+            after,
+            update,
+            transposed=address.transposed,
+            rounding=record.rounding,
         ):
             findings.notes.append(
                 f"update {number}, tensor {name!r}: recomputed here it differs by the "
@@ -216,9 +232,17 @@ def _compare(
         findings.problems.append(f"tensor {name!r}: only one of folder and base has it")
     shared = [name for name in base.tensors if name in checkpoint.tensors]
     for name in shared:
+        if name not in before and _is_one_file(checkpoint, base, name):
+            continue
         if not _same(base.read(name), _tensor_at(checkpoint, before, name)):
             findings.problems.append(f"tensor {name!r}: differs from the base's")
     return len(shared)
+
+
+def _is_one_file(checkpoint: Checkpoint, base: Checkpoint, name: str) -> bool:
+    """Whether both have the tensor at the same place of one hard-linked file."""
+    mine, theirs = checkpoint[name], base[name]
+    return mine == theirs and checkpoint.path_of(mine).samefile(base.path_of(theirs))
 
 
 def _tensor_at(
