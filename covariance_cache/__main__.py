@@ -229,6 +229,11 @@ def import_(
 
 
 def _load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    if (Path(name) / ".unified-edit" / "journal.json").exists():
+        raise StatisticsError(
+            f"{name}: a change of this folder was interrupted, its weights may be half "
+            f"replaced; run unified-edit recover {name} first"
+        )
     # Heavy, and needed by `collect` alone.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

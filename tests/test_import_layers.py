@@ -33,7 +33,7 @@ ASSEMBLY = tuple(
     f"unified_edit.{name}"
     for name in ("presets", "recipes", "live", "report", "engine", "target_cache")
 )
-UPDATE = "unified_edit.algebra.update"
+UPDATE = ("unified_edit.algebra.addition", "unified_edit.algebra.update")
 
 ROWS = {
     "base": Row(BASE, BASE),
@@ -46,7 +46,7 @@ ROWS = {
         (
             *BASE,
             *MODEL,
-            UPDATE,
+            *UPDATE,
             "covariance_cache.capture",
             "covariance_cache.fingerprint",
             "covariance_cache.modules",
@@ -56,13 +56,18 @@ ROWS = {
     ),
     "checkpoint": Row(
         CHECKPOINT,
-        (*BASE, *CHECKPOINT, UPDATE, "covariance_cache.fingerprint"),
+        (*BASE, *CHECKPOINT, *UPDATE, "covariance_cache.fingerprint"),
         frozenset({"torch", "numpy", "safetensors"}),
     ),
     "assembly": Row(
         ASSEMBLY,
         (*BASE, *ALGEBRA, *STATISTICS, *MODEL, *ASSEMBLY),
         frozenset({"torch", "tqdm"}),
+    ),
+    "ledger": Row(
+        ("unified_edit.ledger",),
+        (*BASE, *ALGEBRA, *STATISTICS, *MODEL, *CHECKPOINT, *ASSEMBLY),
+        frozenset({"torch", "safetensors"}),
     ),
     "outer": Row(
         (
@@ -74,6 +79,8 @@ ROWS = {
                 f"unified_edit.{name}"
                 for name in (
                     "cli",
+                    "cli_files",
+                    "cli_ledger",
                     "console",
                     "demo",
                     "display",

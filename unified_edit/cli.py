@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from unified_edit import cli_files
+from unified_edit import cli_files, cli_ledger
 from unified_edit.console import (
     Force,
     Json,
@@ -164,6 +164,7 @@ def edit(
 
 
 cli_files.add_to(app)
+app.add_typer(cli_ledger.ledger, name="ledger")
 
 
 @app.command()

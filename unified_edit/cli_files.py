@@ -120,7 +120,7 @@ def revert(
             report.as_dict(),
             as_json,
             lambda: [
-                f"{report.folder}: taken back: {_updates(report.numbers)}; files "
+                f"{report.folder}: {_updates(report.numbers)} taken back; files "
                 f"restored: {len(report.files)}, updates left: {report.remaining}",
                 *(f"note: {note}" for note in report.notes),
             ],

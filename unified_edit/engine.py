@@ -90,6 +90,7 @@ def edit(
     contexts: Contexts | None = None,
     seed: int = 0,
     targets: Targets | None = None,
+    keys: Tensor | None = None,
     prepared: Prepared | None = None,
     token_budget: int | None = None,
     target_cache: TargetStore | None = None,
@@ -103,6 +104,8 @@ def edit(
         statistics: for each of the recipe's layers, as `StatisticsStore.load` gives.
         contexts: prefixes to use; None generates them from `seed`.
         targets: values already optimised for these edits, contexts and settings.
+        keys: [n, d_key] of these edits at the recipe's first layer, as
+            `keys_at_subjects` gave them for the same contexts.
         prepared: what `prepare` made for this recipe and these statistics.
         token_budget: suffix tokens whose activations may be held while optimising
             targets; None chooses from free memory.
@@ -160,6 +163,12 @@ def edit(
                 f"there are {len(edits)} edits and {len(targets.values)} target "
                 "values; give those optimised for these edits"
             )
+        wide = (len(edits), adapter.matrix(recipe.layers[0]).shape[1])
+        if keys is not None and keys.shape != wide:
+            raise RecipeError(
+                f"{len(edits)} edits have keys {list(wide)}, not {list(keys.shape)}; "
+                "give those computed for these edits"
+            )
         updates: dict[WeightAddress, RankKUpdate] = {}
         certificates: dict[int, Certificate] = {}
         with _restoring(adapter, recipe.layers), _timed(seconds, "solve"):
@@ -175,6 +184,7 @@ def edit(
                     contexts,
                     targets,
                     layer,
+                    keys=None if index else keys,
                     remaining=len(recipe.layers) - index,
                 )
                 updates[adapter.address(layer)] = update
@@ -227,6 +237,7 @@ def _edit_layer(
     targets: Targets,
     layer: int,
     *,
+    keys: Tensor | None,
     remaining: int,
 ) -> tuple[RankKUpdate, Certificate]:
     """Solves one layer on the model as edited so far, and edits it."""
@@ -234,9 +245,9 @@ def _edit_layer(
     objective, factorization = prepared
     # Where the factor is: a layer may be on another device.
     device = factorization.factor.device
-    keys = keys_at_subjects(adapter, tokenizer, edits, contexts, layer, average).to(
-        device
-    )
+    if keys is None:
+        keys = keys_at_subjects(adapter, tokenizer, edits, contexts, layer, average)
+    keys = keys.to(device, torch.float64)
     # The key that the current value belongs to; the same one, but in ROME's code.
     reached = keys
     if recipe.published_denominator:
@@ -260,7 +271,8 @@ def _edit_layer(
         names=[f"{e.text} → {e.target}" for e in edits],
     )
     # float32 factors: half the bytes, and far below any weight's own rounding.
-    update = solution.update.to(torch.float32)
+    found = solution.update
+    update = RankKUpdate(found.left, found.right, keys).to(torch.float32)
     address = adapter.address(layer)
     with torch.no_grad():
         weight = adapter.weight(layer)

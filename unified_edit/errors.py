@@ -52,3 +52,7 @@ class CheckpointError(UnifiedEditError):
 
 class CheckpointMismatch(CheckpointError):
     """A checkpoint is not the one that an update or a manifest was made for."""
+
+
+class LedgerError(UnifiedEditError):
+    """A ledger cannot be read, changed or solved."""

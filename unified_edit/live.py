@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from covariance_cache.fingerprint import model_fingerprint
-from unified_edit.algebra.addition import added
+from unified_edit.algebra.addition import Rounding, added
 from unified_edit.algebra.update import UpdateSet
 from unified_edit.errors import UpdateError
 
@@ -42,10 +42,17 @@ class Applied:
         self._originals, self._edited = {}, {}
 
 
-def apply(model: nn.Module, update: UpdateSet, *, check_base: bool = True) -> Applied:
+def apply(
+    model: nn.Module,
+    update: UpdateSet,
+    *,
+    rounding: Rounding = "nearest",
+    check_base: bool = True,
+) -> Applied:
     """Adds an update to a loaded model's weights in place: all of them, or none.
 
     Args:
+        rounding: of half-precision weights, as `patch` does.
         check_base: refuse a model other than the one the update was made for.
 
     Raises:
@@ -77,7 +84,9 @@ def apply(model: nn.Module, update: UpdateSet, *, check_base: bool = True) -> Ap
                 "changes; it was made for another architecture"
             ) from error
         try:
-            result = added(weight, factors, transposed=address.transposed)
+            result = added(
+                weight, factors, transposed=address.transposed, rounding=rounding
+            )
         except UpdateError as error:
             raise UpdateError(f"{address.tensor}: {error}") from error
         if torch.equal(result, weight):
@@ -100,10 +109,14 @@ def revert(update: Applied) -> None:
 
 @contextmanager
 def applied(
-    model: nn.Module, update: UpdateSet, *, check_base: bool = True
+    model: nn.Module,
+    update: UpdateSet,
+    *,
+    rounding: Rounding = "nearest",
+    check_base: bool = True,
 ) -> Iterator[Applied]:
     """Edited inside, bit-identical outside."""
-    handle = apply(model, update, check_base=check_base)
+    handle = apply(model, update, rounding=rounding, check_base=check_base)
     try:
         yield handle
     finally:

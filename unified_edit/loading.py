@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from covariance_cache.__main__ import Dtype
+from unified_edit.checkpoint.manifest import refuse_unfinished
 from unified_edit.checkpoint.sharded import CONFIG, Checkpoint
 from unified_edit.errors import CheckpointError, UnifiedEditError
 
@@ -134,10 +135,11 @@ class Source:
         """By folder or cached name.
 
         Raises:
-            CheckpointError, UnsupportedModel: as the functions above, or malformed
-                files.
+            CheckpointError, UnsupportedModel: as the functions above, malformed files,
+                or a change of the folder was interrupted.
         """
         folder = folder_of(name)
+        refuse_unfinished(folder)
         return cls(folder, read_config(folder, Checkpoint.open(folder)))
 
     def load(self, dtype: str, device: str) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ docs/how-to-add-a-recipe.md shows how to add one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -106,6 +107,29 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe that `as_dict` gave, also after a way through JSON.
+
+        Raises:
+            RecipeError: other fields, or values that make no recipe.
+        """
+        try:
+            contexts = dict(data["contexts"])
+            samples = tuple((str(seed), int(n)) for seed, n in contexts["samples"])
+            targets = dict(data["targets"])
+            return cls(
+                **{
+                    **data,
+                    "contexts": ContextSettings(**{**contexts, "samples": samples}),
+                    "targets": TargetSettings(
+                        **{**targets, "kl_prompts": tuple(targets["kl_prompts"])}
+                    ),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecipeError(f"not the data of a recipe: {error}") from error
 
 
 _MLP = TargetSettings("mlp_output", steps=20, clamp=4.0)
