@@ -111,9 +111,8 @@ def added(
 ) -> Tensor:
     """`weight + ΔW` as a new tensor; arguments and errors as of `blocks`."""
     out = torch.empty_like(weight, requires_grad=False)
-    matrix = out.T if transposed else out
     for block in blocks(weight, update, transposed=transposed, rounding=rounding):
-        matrix[block.rows] = block.after
+        (out.T if transposed else out)[block.rows] = block.after
     return out
 
 

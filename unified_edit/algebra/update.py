@@ -197,19 +197,19 @@ class UpdateSet:
             "addresses": [asdict(address) for address, _ in entries],
             "metadata": dict(self.metadata),
         }
-        try:
-            text = json.dumps(
-                header, sort_keys=True, ensure_ascii=False, allow_nan=False
-            )
-        except (TypeError, ValueError) as error:
-            raise UpdateError(
-                f"an update's metadata must be plain, finite JSON data: {error}"
-            ) from error
         described = [
             (name, _NAMES[tensor.dtype], tensor.shape, tensor.nbytes)
             for name, tensor in tensors.items()
         ]
-        head = safetensors_header(described, {"unified_edit": text})
+        try:
+            text = json.dumps(
+                header, sort_keys=True, ensure_ascii=False, allow_nan=False
+            )
+            head = safetensors_header(described, {"unified_edit": text})
+        except (TypeError, ValueError) as error:
+            raise UpdateError(
+                f"an update's metadata must be plain, finite JSON data: {error}"
+            ) from error
         return itertools.chain([head], map(tensor_bytes, tensors.values()))
 
     @classmethod
@@ -220,6 +220,8 @@ class UpdateSet:
             UpdateError: missing, not a safetensors file, or not an update.
         """
         try:
+            if not Path(path).is_file():
+                raise UpdateError("no such file")
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("unified_edit", "{}"))
                 found = header.get("format") if isinstance(header, dict) else header
@@ -252,9 +254,10 @@ class UpdateSet:
                     raise UpdateError("a tensor is named twice in the header")
                 if not isinstance(header["metadata"], dict):
                     raise UpdateError("the header's metadata is not an object")
+                json.dumps(header, ensure_ascii=False).encode()  # no lone surrogates
                 return cls(updates, header["metadata"])
         except UpdateError as error:
-            raise UpdateError(f"{path}: {error}") from error
+            raise UpdateError(f"{path}: {_printable(error)}") from error
         except (
             OSError,
             SafetensorError,
@@ -264,8 +267,13 @@ class UpdateSet:
             RecursionError,
         ) as error:
             raise UpdateError(
-                f"{path}: cannot be read as an update: {error}"
+                f"{path}: cannot be read as an update: {_printable(error)}"
             ) from error
+
+
+def _printable(error: Exception) -> str:
+    """Its message without what no terminal can show."""
+    return str(error).encode(errors="backslashreplace").decode()
 
 
 def safetensors_header(

@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import RawIOBase
+from io import FileIO, RawIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +26,7 @@ STATE = ".unified-edit"
 """Folder inside a patched checkpoint that holds its manifest, updates and undo data."""
 LOCK = ".unified-edit.lock"
 """Lock file inside a checkpoint while it is written in place."""
-_NOT_CHECKPOINT = frozenset({STATE, LOCK, ".git"})
+NOT_CHECKPOINT = frozenset({STATE, LOCK, ".git"})
 """Top-level names that are no part of a checkpoint's content."""
 _CHUNK = 4 << 20
 _FICLONE = 0x40049409
@@ -99,6 +99,21 @@ class NewFile:
             view = view[os.write(self.descriptor, view) :]
 
 
+def open_regular(path: Path) -> FileIO:
+    """Opens a file to read it; never waits for a pipe or reads from a device.
+
+    Raises:
+        CheckpointError: no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = FileIO(descriptor, closefd=True)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise CheckpointError(f"{path}: no regular file; put the file itself there")
+    file.name = str(path)
+    return file
+
+
 def splice(source: Path, target: Path, pieces: Iterable[Piece] = ()) -> tuple[str, str]:
     """Copies `source` to the new file `target` with some byte ranges replaced, in one
     pass; without pieces, a plain copy. Keeps the mode bits.
@@ -109,7 +124,7 @@ def splice(source: Path, target: Path, pieces: Iterable[Piece] = ()) -> tuple[st
     Returns:
         SHA-256 of `source` and of `target`.
     """
-    with source.open("rb", buffering=0) as old, NewFile(target) as new:
+    with open_regular(source) as old, NewFile(target) as new:
         status = os.fstat(old.fileno())
         os.fchmod(new.descriptor, stat.S_IMODE(status.st_mode))
         before = None
@@ -159,7 +174,7 @@ def reflink(source: Path, target: Path) -> None:
     Raises:
         CheckpointError: the file system cannot.
     """
-    with source.open("rb", buffering=0) as old, NewFile(target) as new:
+    with open_regular(source) as old, NewFile(target) as new:
         os.fchmod(new.descriptor, stat.S_IMODE(os.fstat(old.fileno()).st_mode))
         try:
             fcntl.ioctl(new.descriptor, _FICLONE, old.fileno())
@@ -201,7 +216,7 @@ def read_exactly(file: RawIOBase, count: int) -> bytearray:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while data := file.read(_CHUNK):
             digest.update(data)
     return digest.hexdigest()
@@ -232,10 +247,10 @@ def remove(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Removes a folder of ours (never what a symlink points to), if there is one."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:
@@ -264,8 +279,8 @@ def listing(folder: Path) -> list[str]:
     names = []
     for parent, folders, files in os.walk(folder):
         if Path(parent) == folder:
-            folders[:] = [name for name in folders if name not in _NOT_CHECKPOINT]
-            files = [name for name in files if name not in _NOT_CHECKPOINT]
+            folders[:] = [name for name in folders if name not in NOT_CHECKPOINT]
+            files = [name for name in files if name not in NOT_CHECKPOINT]
         for name in folders:
             if (Path(parent) / name).is_symlink():
                 raise CheckpointError(
@@ -298,7 +313,7 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         CheckpointError: somebody else holds it.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     while True:
         descriptor = os.open(path, flags, 0o666)
         try:
@@ -333,7 +348,9 @@ def _still_there(path: Path, descriptor: int) -> bool:
 def refuse_if_locked(path: Path) -> None:
     """For readers: an error if a writer holds the lock file `path`."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        )
     except FileNotFoundError:
         return
     try:

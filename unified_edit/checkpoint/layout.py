@@ -8,7 +8,8 @@ time; `sharded` knows folders.
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from unified_edit.algebra.update import safetensors_header
 from unified_edit.algebra.update import tensor_bytes as to_bytes  # noqa: F401
-from unified_edit.checkpoint.files import read_exactly, reported
+from unified_edit.checkpoint import strict_json
+from unified_edit.checkpoint.files import open_regular, read_exactly, reported
 from unified_edit.errors import CheckpointError
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+_DIMENSIONS = 64
 _DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
     "BOOL": (8, torch.bool),
     "U8": (8, torch.uint8),
@@ -91,8 +94,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             dtype, shape that does not fit the bytes, offsets out of range, overlapping
             or with gaps.
     """
-    with reported(f"{path}: cannot be read"), path.open("rb", buffering=0) as file:
-        size = path.stat().st_size
+    with reported(f"{path}: cannot be read"), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         if size < _LENGTH_BYTES:
             raise _malformed(path, f"it has {size} bytes, a header needs more")
         (length,) = struct.unpack("<Q", read_exactly(file, _LENGTH_BYTES))
@@ -108,8 +111,8 @@ def _parse(path: Path, raw: bytearray, start: int, size: int) -> dict[str, Tenso
     try:
         if raw[:1] != b"{":
             raise ValueError("it does not begin with '{'")
-        header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+        header = strict_json.loads(raw, size)
+    except ValueError as error:
         raise _malformed(path, f"its header is not a JSON object: {error}") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(
@@ -157,6 +160,11 @@ def _entry(path: Path, name: str, info: Any, start: int, size: int) -> TensorEnt
             f"tensor {name!r} of dtype {dtype} and shape {shape[:8]} does not fill "
             f"its {end - begin} bytes",
         )
+    if math.prod(max(each, 1) for each in shape[:_DIMENSIONS]) > 2**60 or (
+        len(shape) > _DIMENSIONS
+    ):
+        # Of an empty tensor too: strides are products of the other sizes.
+        raise _malformed(path, f"tensor {name!r} of shape {shape[:8]} is too large")
     return TensorEntry(name, dtype, tuple(shape), path.name, start + begin, start + end)
 
 
@@ -178,16 +186,6 @@ def _count(shape: list[int], limit: int) -> int:
     return count
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(object_pairs_hook=…)`: refuses a key given twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
-    return result
-
-
 def _malformed(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: not a valid safetensors file: {reason}; download or save it again"
@@ -196,7 +194,7 @@ def _malformed(path: Path, reason: str) -> CheckpointError:
 
 def read_bytes(path: Path, entry: TensorEntry) -> bytearray:
     """The bytes of one tensor, and only those, from the file at `path`."""
-    with reported(f"{path}: cannot be read"), path.open("rb", buffering=0) as file:
+    with reported(f"{path}: cannot be read"), open_regular(path) as file:
         file.seek(entry.begin)
         return read_exactly(file, entry.nbytes)
 

@@ -7,7 +7,6 @@ being replaced (`journal`): then nothing else is to be believed.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from unified_edit.algebra.addition import ROUNDINGS, Rounding
+from unified_edit.checkpoint import strict_json
 from unified_edit.checkpoint.files import (
     LOCK,
+    NOT_CHECKPOINT,
     STATE,
+    open_regular,
     refuse_if_locked,
     reported,
 )
@@ -75,6 +77,14 @@ class UpdateRecord:
             raise ValueError(f"update {record.number} is unclear about what it changed")
         for hashes in (record.before, record.after):
             _check_hashes(hashes)
+        prints = (record.base_fingerprint, record.result_fingerprint)
+        digests = (record.update_sha256, record.undo_sha256)
+        if not all(isinstance(each, str) for each in (*prints, *digests)):
+            raise ValueError(f"update {record.number}: a fingerprint is no text")
+        if not isinstance(record.metadata, dict) or not all(
+            isinstance(report, dict) for report in record.tensors
+        ):
+            raise ValueError(f"update {record.number}: metadata or tensors no objects")
         if record.rounding not in ROUNDINGS:
             raise ValueError(f"update {record.number}: rounding {record.rounding!r}")
         if not all(is_file_name(name) for name in record.before):
@@ -103,6 +113,10 @@ class Manifest:
         if data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
         _check_hashes({k: v for k, v in data["files"].items() if v is not None})
+        for name in data["files"]:
+            parts = name.split("/")
+            if {"", ".", ".."} & {*parts} or parts[0] in NOT_CHECKPOINT or "\0" in name:
+                raise ValueError(f"{name!r} is no file of a checkpoint")
         updates = tuple(UpdateRecord.from_dict(record) for record in data["updates"])
         numbers = [record.number for record in updates]
         if not numbers or numbers != list(range(1, len(numbers) + 1)):
@@ -198,9 +212,10 @@ def read_state(path: Path) -> Any:
     with reported(f"{path}: cannot be read"):
         if not path.exists():
             return None
-        text = path.read_bytes()
+        with open_regular(path) as file:
+            raw = file.readall()
     with unreadable(path):
-        return json.loads(text)
+        return strict_json.loads(raw, len(raw))
 
 
 @contextmanager
@@ -208,7 +223,7 @@ def unreadable(path: Path) -> Iterator[None]:
     """Turns what `from_dict` raises into a CheckpointError that names the file."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: not what this version writes ({error}); restore the folder from "
             "a copy, or use the version that wrote it"

@@ -92,13 +92,19 @@ def change(
             reason = "holds NaN or infinity already; use an intact checkpoint"
         raise type(error)(f"{entry.file}: tensor {entry.name!r}: {reason}") from error
     norm, weight_norm = math.sqrt(intended), math.sqrt(before)
+    worst, median = _key_errors(update, missed)
+    sizes = (norm, weight_norm, lost, worst or 0.0, median or 0.0)
+    if not all(map(math.isfinite, sizes)):
+        raise NonFiniteError(
+            f"{entry.file}: tensor {entry.name!r}: the update is too large to be "
+            f"measured (‖ΔW‖ {norm:.3g})"
+        )
     if not count:
         raise CheckpointError(
             f"{entry.file}: the update (‖ΔW‖ {norm:.3g} against ‖W‖ {weight_norm:.3g}) "
             f"changes nothing in tensor {entry.name!r} once rounded to {entry.dtype}; "
             "make a larger update, round towards its keys, or patch a copy in float32"
         )
-    worst, median = _key_errors(update, missed)
     return TensorReport(
         name=entry.name,
         shape=entry.shape,

@@ -7,7 +7,6 @@ checked on opening; tensors are read one at a time, and nothing is ever written 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,18 @@ from covariance_cache.fingerprint import (
     sample_positions,
 )
 from unified_edit.algebra.update import WeightAddress
-from unified_edit.checkpoint.files import listing, reported, sha256_of
+from unified_edit.checkpoint import strict_json
+from unified_edit.checkpoint.files import (
+    NOT_CHECKPOINT,
+    listing,
+    open_regular,
+    reported,
+    sha256_of,
+)
 from unified_edit.checkpoint.layout import (
     TensorEntry,
     read_header,
     read_tensor,
-    unique_keys,
 )
 from unified_edit.errors import CheckpointError, UnsupportedModel
 
@@ -255,18 +260,21 @@ def _read_shards(folder: Path) -> dict[str, TensorEntry]:
 
 
 def is_file_name(name: Any) -> bool:
-    """Whether `name` is a plain file name, that cannot lead out of a folder."""
+    """Whether `name` is a plain file name that can be a checkpoint's: it cannot lead
+    out of a folder, nor to this package's own files."""
     return (
         isinstance(name, str)
-        and name not in ("", ".", "..")
+        and name not in ("", ".", "..", *NOT_CHECKPOINT)
         and not set(name) & set("/\\\0")
     )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+        with open_regular(path) as file:
+            raw = file.readall()
+        data = strict_json.loads(raw, len(raw))
+    except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: not a JSON object")
