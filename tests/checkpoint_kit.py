@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from transformers import (
 
 from unified_edit.algebra.addition import added
 from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress
+from unified_edit.checkpoint import journal
+from unified_edit.checkpoint.files import LOCK, STATE
+from unified_edit.checkpoint.manifest import JOURNAL
 from unified_edit.checkpoint.sharded import Checkpoint
 
 SHARD_BYTES = 15_000
@@ -128,3 +132,26 @@ def disk(folder: Path) -> dict[str, str]:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
         found[path.relative_to(folder).as_posix()] = content
     return found
+
+
+class Died(BaseException):
+    """Stands for the death of the process."""
+
+
+def half_changed(folder: Path, command: Callable[[], object]) -> None:
+    """Lets `command` die in place: one file of `folder` is replaced, the next is not,
+    and the lock file is still there."""
+    replace, moved = journal.replace, []
+
+    def once(staged: Path, target: Path) -> None:
+        if moved:
+            raise Died
+        moved.append(target)
+        replace(staged, target)
+
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(journal, "replace", once)
+        with pytest.raises(Died):
+            command()
+    assert moved and (folder / STATE / JOURNAL).is_file()
+    (folder / LOCK).touch()

@@ -31,8 +31,8 @@ from unified_edit.checkpoint.lora import (
     SERVER_RANKS,
     WEIGHTS,
     export_lora,
-    import_lora,
 )
+from unified_edit.checkpoint.lora_import import import_lora
 from unified_edit.checkpoint.patch import patch
 from unified_edit.checkpoint.sharded import Checkpoint
 from unified_edit.errors import (

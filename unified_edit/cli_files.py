@@ -180,6 +180,14 @@ def lora_export(
     update: Annotated[Path, typer.Argument(help="File that `edit` wrote.")],
     base: Annotated[str, typer.Option(help="The model that the update is for.")],
     out: Annotated[Path, typer.Option(help="New folder for the adapter.")],
+    any_base: Annotated[
+        bool,
+        typer.Option(
+            "--any-base",
+            help="Do not compare the base with the model that was edited; for a "
+            "quantized base.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write an update as a PEFT adapter: the exact factors, nothing is fitted."""
@@ -189,7 +197,11 @@ def lora_export(
         from unified_edit.loading import folder_of
 
         report = export_lora(
-            UpdateSet.load(update), out, base=folder_of(base), base_name=base
+            UpdateSet.load(update),
+            out,
+            base=folder_of(base),
+            base_name=base,
+            check_base=not any_base,
         )
         answer(
             report.as_dict(),
@@ -214,7 +226,7 @@ def lora_import(
     """Read a LoRA adapter as an update, to patch it into a checkpoint."""
     with one_line_errors():
         check_new(out, force)
-        from unified_edit.checkpoint.lora import import_lora
+        from unified_edit.checkpoint.lora_import import import_lora
         from unified_edit.loading import folder_of
 
         update = import_lora(adapter, base=folder_of(base))

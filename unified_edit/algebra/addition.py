@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unified_edit.algebra.rounding import feedback, rounded
-from unified_edit.algebra.update import RankKUpdate
+from unified_edit.algebra.update import DTYPE_NAMES, RankKUpdate
 from unified_edit.errors import NonFiniteError, UpdateError
 
 Rounding = Literal["nearest", "keys"]
@@ -22,7 +22,6 @@ Rounding = Literal["nearest", "keys"]
 the weight does to the edits' own keys survives (`algebra.rounding`)."""
 
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 _ROWS = 256
 
@@ -67,8 +66,8 @@ def blocks(
             f"the update changes a weight stored as {list(expected)}, "
             f"this one is {list(weight.shape)}"
         )
-    if weight.dtype not in _DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if weight.dtype not in DTYPE_NAMES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
         raise UpdateError(
             f"a weight of {weight.dtype} cannot be added to, only {names}; "
             "patch a dequantized copy"

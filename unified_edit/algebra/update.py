@@ -25,13 +25,14 @@ from unified_edit.errors import UpdateError
 
 FORMAT = "unified-edit/update/1"
 _ROW_BLOCK = 1024
-_NAMES = {
+DTYPE_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float64: "F64",
 }
-_DTYPES = tuple(_NAMES)
+"""Dtypes of factors and of weights that can be edited, with safetensors' names."""
+_DTYPES = tuple(DTYPE_NAMES)
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class UpdateSet:
             "metadata": dict(self.metadata),
         }
         described = [
-            (name, _NAMES[tensor.dtype], tensor.shape, tensor.nbytes)
+            (name, DTYPE_NAMES[tensor.dtype], tensor.shape, tensor.nbytes)
             for name, tensor in tensors.items()
         ]
         try:

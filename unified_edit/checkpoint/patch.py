@@ -23,7 +23,6 @@ from unified_edit.checkpoint.files import (
     listing,
     locked,
     reflink,
-    remove_tree,
     reported,
     sha256_of,
     splice,
@@ -46,12 +45,11 @@ from unified_edit.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     UpdateRecord,
-    lock_of,
     read_manifest,
     read_own_manifest,
-    staging_of,
 )
 from unified_edit.checkpoint.measure import TensorReport
+from unified_edit.checkpoint.new_folder import new_folder
 from unified_edit.checkpoint.plan import (
     Plan,
     check_weights,
@@ -175,17 +173,8 @@ def patch(
 
 def _patch_copy(plan: Plan, out: Path, unchanged: Unchanged) -> Patched:
     base = plan.checkpoint.folder
-    with reported(f"{out}: cannot be written, nothing was changed"):
-        _check_target(base, out)
-        with locked(lock_of(out)):
-            staging = staging_of(out)
-            remove_tree(staging)
-            os.mkdir(staging)
-            with undone(lambda: remove_tree(staging)):
-                record, reports, linked = _stage_copy(plan, staging, unchanged)
-                os.rename(staging, out)
-            with reported(f"{out}: is complete, but may not survive a power cut"):
-                sync_folder(out.parent)
+    with new_folder(out, base) as staging:
+        record, reports, linked = _stage_copy(plan, staging, unchanged)
     notes = _notes(plan)
     if linked and unchanged == "hardlink":
         notes += (
@@ -193,25 +182,6 @@ def _patch_copy(plan: Plan, out: Path, unchanged: Unchanged) -> Patched:
             "writes into one of them, instead of replacing it, changes both",
         )
     return Patched(out, base, _report(plan, out, record, reports, notes))
-
-
-def _check_target(base: Path, out: Path) -> None:
-    if out.is_symlink() or (
-        os.path.lexists(out) and (not out.is_dir() or any(out.iterdir()))
-    ):
-        raise CheckpointError(
-            f"{out}: exists already; name a new folder, or remove this one"
-        )
-    if not out.parent.is_dir():
-        raise CheckpointError(
-            f"{out.parent}: not a folder, so {out.name} cannot be in it"
-        )
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{out.parent}: is read-only; choose another place")
-    if base.resolve() in (out.resolve(), *out.resolve().parents):
-        raise CheckpointError(
-            f"{out}: lies inside the base {base}; choose another place"
-        )
 
 
 def _stage_copy(
@@ -242,7 +212,6 @@ def _stage_copy(
     splice(base / CONFIG, staging / CONFIG)
     if states_of(base, listing(base)) != read or read_manifest(base) != plan.manifest:
         raise CheckpointError(f"{base}: was changed while it was read; patch it again")
-    sync_tree(staging)
     return record, reports, linked
 
 
