@@ -93,7 +93,8 @@ def blocks(
             after = exact.to(weight.dtype)
         else:
             after = rounded(exact, towards, weight.dtype)
-        if not bool(torch.isfinite(after).all()):
+        # NaN and infinity are an extreme, or make one.
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(after))).all()):
             raise NonFiniteError(
                 f"weight + ΔW is not finite in {weight.dtype}; the weight or the "
                 "update holds NaN or infinity, or the sum overflows"

@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import FileIO, RawIOBase
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,9 +37,6 @@ _CANNOT_LINK = frozenset(
         *(errno.EINVAL, errno.ENOSYS),
     }
 )
-
-Piece = tuple[int, int, Callable[[bytearray], memoryview]]
-"""Begin and end of a byte range, and what turns its bytes into as many new ones."""
 
 
 @contextmanager
@@ -88,9 +85,20 @@ class NewFile:
     ) -> None:
         try:
             if kind is None:
-                os.fsync(self.descriptor)
+                self.finish()
         finally:
-            os.close(self.descriptor)
+            self.close()
+
+    def finish(self) -> None:
+        """Makes it durable, and closes it."""
+        os.fsync(self.descriptor)
+        self.close()
+
+    def close(self) -> None:
+        """Closes it; a second time does nothing."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.digest.update(data)
@@ -112,37 +120,6 @@ def open_regular(path: Path) -> FileIO:
         raise CheckpointError(f"{path}: no regular file; put the file itself there")
     file.name = str(path)
     return file
-
-
-def splice(source: Path, target: Path, pieces: Iterable[Piece] = ()) -> tuple[str, str]:
-    """Copies `source` to the new file `target` with some byte ranges replaced, in one
-    pass; without pieces, a plain copy. Keeps the mode bits.
-
-    Args:
-        pieces: in ascending order, without overlap. Only one is in memory at a time.
-
-    Returns:
-        SHA-256 of `source` and of `target`.
-    """
-    with open_regular(source) as old, NewFile(target) as new:
-        status = os.fstat(old.fileno())
-        os.fchmod(new.descriptor, stat.S_IMODE(status.st_mode))
-        before = None
-        position = 0
-        for begin, end, change in pieces:
-            _copy(old, new, begin - position, before)
-            if before is None:
-                before = new.digest.copy()
-            data = read_exactly(old, end - begin)
-            before.update(data)
-            changed = change(data)
-            if len(changed) != end - begin:
-                raise AssertionError(f"{source}: a piece changed its length")
-            new.write(changed)
-            position = end
-        _copy(old, new, status.st_size - position, before)
-        after = new.digest.hexdigest()
-        return after if before is None else before.hexdigest(), after
 
 
 def hard_link(source: Path, target: Path) -> None:
@@ -187,25 +164,16 @@ def reflink(source: Path, target: Path) -> None:
             ) from error
 
 
-def _copy(old: RawIOBase, new: NewFile, count: int, digest: Any) -> None:
-    while count:
-        data = read_exactly(old, min(count, _CHUNK))
-        if digest is not None:
-            digest.update(data)
-        new.write(data)
-        count -= len(data)
-
-
-def read_exactly(file: RawIOBase, count: int) -> bytearray:
-    """`count` bytes from here on.
+def read_at(file: FileIO, begin: int, end: int) -> bytearray:
+    """The bytes of a range; does not move the file's position.
 
     Raises:
         CheckpointError: the file ends before.
     """
-    data = bytearray(count)
+    data = bytearray(end - begin)
     view = memoryview(data)
     while view:
-        got = file.readinto(view)
+        got = os.preadv(file.fileno(), [view], end - len(view))
         if not got:
             name = getattr(file, "name", "file")
             raise CheckpointError(f"{name}: ended {len(view)} bytes too early")

@@ -22,7 +22,7 @@ from torch import Tensor
 from unified_edit.algebra.update import safetensors_header
 from unified_edit.algebra.update import tensor_bytes as to_bytes  # noqa: F401
 from unified_edit.checkpoint import strict_json
-from unified_edit.checkpoint.files import open_regular, read_exactly, reported
+from unified_edit.checkpoint.files import open_regular, read_at, reported
 from unified_edit.errors import CheckpointError
 
 _LENGTH_BYTES = 8
@@ -98,12 +98,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         size = os.fstat(file.fileno()).st_size
         if size < _LENGTH_BYTES:
             raise _malformed(path, f"it has {size} bytes, a header needs more")
-        (length,) = struct.unpack("<Q", read_exactly(file, _LENGTH_BYTES))
+        (length,) = struct.unpack("<Q", read_at(file, 0, _LENGTH_BYTES))
         if length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
             raise _malformed(
                 path, f"it claims a header of {length} bytes in a file of {size}"
             )
-        raw = read_exactly(file, length)
+        raw = read_at(file, _LENGTH_BYTES, _LENGTH_BYTES + length)
     return _parse(path, raw, _LENGTH_BYTES + length, size)
 
 
@@ -195,8 +195,7 @@ def _malformed(path: Path, reason: str) -> CheckpointError:
 def read_bytes(path: Path, entry: TensorEntry) -> bytearray:
     """The bytes of one tensor, and only those, from the file at `path`."""
     with reported(f"{path}: cannot be read"), open_regular(path) as file:
-        file.seek(entry.begin)
-        return read_exactly(file, entry.nbytes)
+        return read_at(file, entry.begin, entry.end)
 
 
 def read_tensor(path: Path, entry: TensorEntry) -> Tensor:

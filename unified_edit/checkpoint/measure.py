@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from unified_edit.algebra.update import RankKUpdate
 from unified_edit.checkpoint.layout import TensorEntry
 from unified_edit.errors import CheckpointError, NonFiniteError, UpdateError
 
+_CACHED = 1 << 15
+"""Values of a matrix that are worked on at a time: few enough for one thread, so that
+none waits for another."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -78,13 +82,17 @@ def change(
     count = 0
     try:
         for block in blocks(weight, update, transposed=transposed, rounding=rounding):
-            error = (block.after.to(work) - block.before.to(work)).sub_(block.change)
+            error = torch.empty(block.change.shape, dtype=work)
+            for rows in _few_rows(block.change):
+                old, new = block.before[rows], block.after[rows]
+                count += int((old.view(kind) != new.view(kind)).count_nonzero())
+                was, meant = old.to(work), block.change[rows].to(work)
+                here = torch.sub(new.to(work), was, out=error[rows]).sub_(meant)
+                lost += _square(here)
+                before += _square(was)
+                intended += _square(meant)
             if keys is not None:
                 missed += (error.float() @ keys).double().square().sum(dim=0)
-            lost += _square(error)
-            before += _square(block.before)
-            intended += _square(block.change)
-            count += int((block.before.view(kind) != block.after.view(kind)).sum())
             matrix[block.rows] = block.after
     except (NonFiniteError, UpdateError) as error:
         reason = str(error)
@@ -120,10 +128,15 @@ def change(
     )
 
 
+def _few_rows(tensor: Tensor) -> Iterator[slice]:
+    """Rows by the few, so that what is made of them stays in the processor's cache."""
+    step = max(1, _CACHED // max(1, tensor.shape[1]))
+    return (slice(i, i + step) for i in range(0, tensor.shape[0], step))
+
+
 def _square(tensor: Tensor) -> float:
-    """Sum of squares; in float64 where it is added up, a row at a time."""
-    rows = torch.linalg.vector_norm(tensor, dim=1, dtype=_wide(tensor.dtype))
-    return float(rows.double().square().sum())
+    """Sum of squares; of few values, for it is added up in their own dtype."""
+    return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -218,6 +231,6 @@ def _losses(
     total = torch.zeros(1 + keys.shape[1], dtype=torch.float64)
     for block in blocks(before.float(), update, transposed=transposed):
         error = turned[block.rows].float() - block.after
-        total[0] += _square(error)
+        total[0] += sum(_square(error[rows]) for rows in _few_rows(error))
         total[1:] += (error @ keys).double().square().sum(dim=0)
     return total.sqrt()

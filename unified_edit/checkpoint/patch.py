@@ -25,7 +25,6 @@ from unified_edit.checkpoint.files import (
     reflink,
     reported,
     sha256_of,
-    splice,
     states_of,
     sync_folder,
     sync_tree,
@@ -58,6 +57,7 @@ from unified_edit.checkpoint.plan import (
 )
 from unified_edit.checkpoint.revert import RevertReport, recover, revert
 from unified_edit.checkpoint.sharded import CONFIG
+from unified_edit.checkpoint.splicing import splice
 from unified_edit.checkpoint.verify import VerifyReport, history, verify
 from unified_edit.errors import CheckpointError, CheckpointMismatch
 
@@ -200,7 +200,7 @@ def _stage_copy(
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name not in linked:
-            hashes[name], _ = splice(base / name, target)
+            hashes[name] = splice(base / name, target).after
         elif unchanged == "hardlink":
             hard_link(base / name, target)
         else:
@@ -231,7 +231,7 @@ def _copy_history(plan: Plan, state: Path) -> None:
             (record.undo, record.undo_sha256),
         ):
             source = plan.checkpoint.folder / STATE / name
-            if splice(source, state / name)[0] != expected:
+            if splice(source, state / name).before != expected:
                 raise CheckpointMismatch(
                     f"{source}: was changed since it was written; restore it"
                 )

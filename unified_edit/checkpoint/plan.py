@@ -17,12 +17,13 @@ from typing import Any
 from covariance_cache.fingerprint import Sample, sample_of
 from unified_edit.algebra.addition import Rounding
 from unified_edit.algebra.update import RankKUpdate, UpdateSet
-from unified_edit.checkpoint.files import STATE, NewFile, splice
+from unified_edit.checkpoint.files import STATE, NewFile
 from unified_edit.checkpoint.layout import TensorEntry, new_header, to_tensor
 from unified_edit.checkpoint.manifest import Manifest, UpdateRecord, update_names
 from unified_edit.checkpoint.measure import TensorReport, check_fits
 from unified_edit.checkpoint.measure import change as add_to
 from unified_edit.checkpoint.sharded import Checkpoint
+from unified_edit.checkpoint.splicing import LARGE, Background, Piece, splice
 from unified_edit.errors import CheckpointMismatch, UpdateError
 
 _OTHER_WEIGHTS = (
@@ -133,38 +134,49 @@ def write_staged(
     One pass over each shard, one tensor in memory at a time."""
     number = len(plan.earlier) + 1
     update_name, undo_name = update_names(number)
-    with NewFile(state / update_name) as kept:
-        for data in UpdateSet(plan.update.updates, plan.metadata).parts():
-            kept.write(data)
     reports: list[TensorReport] = []
     samples: dict[str, Sample] = {}
-    before: dict[str, str] = {}
-    after: dict[str, str] = {}
     entries = [part.entry for parts in plan.changes.values() for part in parts]
-    with NewFile(state / undo_name) as undo:
+
+    def change(part: Change, data: bytearray) -> None:
+        weight = to_tensor(part.entry, data)
+        report = add_to(
+            part.entry,
+            weight,
+            part.update,
+            transposed=part.transposed,
+            rounding=plan.rounding,
+        )
+        reports.append(report)
+        samples[part.entry.name] = sample_of(weight)
+
+    base = plan.checkpoint.folder
+    size = sum((base / file).stat().st_size for file in plan.changes)
+    with (
+        NewFile(state / update_name) as kept,
+        NewFile(state / undo_name) as undo,
+        Background(threaded=size >= LARGE) as background,
+    ):
         undo.write(new_header(entries, {"format": "pt"}))
-
-        def change(part: Change, data: bytearray) -> memoryview:
-            undo.write(data)
-            weight = to_tensor(part.entry, data)
-            report = add_to(
-                part.entry,
-                weight,
-                part.update,
-                transposed=part.transposed,
-                rounding=plan.rounding,
+        found = {
+            file: splice(
+                base / file,
+                shards / file,
+                [
+                    Piece(
+                        part.entry.begin,
+                        part.entry.end,
+                        partial(change, part),
+                        undo.write,
+                    )
+                    for part in parts
+                ],
+                background,
             )
-            reports.append(report)
-            samples[part.entry.name] = sample_of(weight)
-            return memoryview(data)
-
-        for file, parts in plan.changes.items():
-            pieces = [
-                (part.entry.begin, part.entry.end, partial(change, part))
-                for part in parts
-            ]
-            source = plan.checkpoint.folder / file
-            before[file], after[file] = splice(source, shards / file, pieces)
+            for file, parts in plan.changes.items()
+        }
+        for data in UpdateSet(plan.update.updates, plan.metadata).parts():
+            background.run(partial(kept.write, data))
     record = UpdateRecord(
         number=number,
         update=update_name,
@@ -173,8 +185,8 @@ def write_staged(
         undo_sha256=undo.digest.hexdigest(),
         base_fingerprint=plan.fingerprint,
         result_fingerprint=plan.checkpoint.fingerprint(samples),
-        before=before,
-        after=after,
+        before={file: each.before for file, each in found.items()},
+        after={file: each.after for file, each in found.items()},
         tensors=tuple(report.as_dict() for report in reports),
         rounding=plan.rounding,
         metadata=plan.metadata,

@@ -20,7 +20,6 @@ from unified_edit.checkpoint.files import (
     remove_tree,
     reported,
     sha256_of,
-    splice,
     sync_tree,
     undone,
 )
@@ -42,6 +41,7 @@ from unified_edit.checkpoint.manifest import (
     read_own_manifest,
     staging_of,
 )
+from unified_edit.checkpoint.splicing import Piece, splice
 from unified_edit.errors import CheckpointError, CheckpointMismatch
 
 
@@ -219,11 +219,12 @@ def _stage_originals(folder: Path, journal: Journal) -> None:
                 "the patched file back"
             )
         pieces = [
-            (entry.begin, entry.end, _original(*undo[entry.name]))
+            Piece(entry.begin, entry.end, _original(*undo[entry.name]))
             for entry in read_header(path).values()
             if entry.name in undo
         ]
-        found, restored = splice(path, staged / name, pieces)
+        spliced = splice(path, staged / name, pieces)
+        found, restored = spliced.before, spliced.after
         if found not in (before, journal.old[name]):
             raise CheckpointMismatch(
                 f"{path}: was changed after the patch: its SHA-256 is {found}, the "
@@ -240,8 +241,17 @@ def _stage_originals(folder: Path, journal: Journal) -> None:
     sync_tree(folder / STATE)
 
 
-def _original(undo: Path, entry: TensorEntry) -> Callable[[bytearray], memoryview]:
-    return lambda _: memoryview(read_bytes(undo, entry))
+def _original(undo: Path, entry: TensorEntry) -> Callable[[bytearray], None]:
+    def put(data: bytearray) -> None:
+        original = read_bytes(undo, entry)
+        if len(original) != len(data):
+            raise CheckpointMismatch(
+                f"{undo}: tensor {entry.name!r} has {len(original)} bytes, the patched "
+                f"one has {len(data)}; restore the undo file from a copy"
+            )
+        data[:] = original
+
+    return put
 
 
 def _notes(folder: Path, manifest: Manifest, journal: Journal) -> tuple[str, ...]:
