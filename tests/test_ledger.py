@@ -33,7 +33,7 @@ from unified_edit.evaluate.world import World
 from unified_edit.ledger import Entry, Ledger, rebuild
 from unified_edit.model import targets as targets_module
 from unified_edit.model.adapter import ModelAdapter
-from unified_edit.model.prompts import ContextSettings
+from unified_edit.model.prompts import ContextSettings, Contexts, generate_contexts
 from unified_edit.model.scoring import generate
 from unified_edit.presets import PRESETS
 from unified_edit.recipes import RECIPES, Recipe, recipe
@@ -146,10 +146,23 @@ def test_it_is_what_edit_computes(tiny: Tiny, tmp_path: Path, wanted: Recipe) ->
     """The same bits where targets and keys came from one batch in the same order; else
     the same up to what batching does to float32."""
     ordered = sorted(EDITS, key=lambda each: Entry(each, "").id)
-    batch = add(tiny, begin(tiny, tmp_path / "batch", wanted, seed=5), ordered)
+    empty = begin(tiny, tmp_path / "batch", wanted, seed=5)
+    assert empty.contexts == generate_contexts(
+        tiny.adapter, tiny.tokenizer, wanted.contexts, 5
+    )
+    # What the ledger holds counts, not what the seed would give elsewhere.
+    contexts = Contexts((*empty.contexts.templates[:2], "The letters say. {}"))
+    empty = replace(empty, contexts=contexts)
+    batch = add(tiny, empty, ordered)
     assert batch.edits == ordered != EDITS
     plain = edit(
-        tiny.model, tiny.tokenizer, ordered, wanted, tiny.statistics, seed=5
+        tiny.model,
+        tiny.tokenizer,
+        ordered,
+        wanted,
+        tiny.statistics,
+        contexts=contexts,
+        seed=5,
     ).update
     found = solve(tiny, batch)
     metadata = dict(found.metadata)
@@ -157,7 +170,7 @@ def test_it_is_what_edit_computes(tiny: Tiny, tmp_path: Path, wanted: Recipe) ->
     assert metadata == plain.metadata
     assert data_of(UpdateSet(found.updates, metadata)) == data_of(plain)
 
-    parts = begin(tiny, tmp_path / "parts", wanted, seed=5)
+    parts = replace(empty, path=tmp_path / "parts")
     for part in (EDITS[4:], EDITS[1:3], [EDITS[3], EDITS[0]]):
         parts = add(tiny, parts, part)
     assert parts.edits == ordered

@@ -27,6 +27,7 @@ from unified_edit.algebra.addition import added
 from unified_edit.algebra.certificate import Certificate
 from unified_edit.algebra.factorization import Factorization, factorize
 from unified_edit.algebra.objective import Objective
+from unified_edit.algebra.rounding import leading
 from unified_edit.algebra.solve import solve
 from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress
 from unified_edit.edits import Edit, check_edits
@@ -57,6 +58,8 @@ class Prepared:
     statistics: dict[int, str]
     """Fingerprints of the statistics, by layer."""
     layers: dict[int, tuple[Objective, Factorization]]
+    background: dict[int, Tensor]
+    """[m, d_key] leading directions of each layer's C, for rounding towards keys."""
 
 
 def prepare(
@@ -72,12 +75,14 @@ def prepare(
         IllConditioned: C is not positive definite, even with jitter.
     """
     _check_present(recipe, statistics)
-    layers = {}
+    layers, background = {}, {}
     for layer in recipe.layers:
-        objective = recipe.objective(statistics[layer].regularized(device))
+        second_moment = statistics[layer].regularized(device)
+        background[layer] = leading(second_moment)
+        objective = recipe.objective(second_moment)
         layers[layer] = (objective, factorize(objective.preservation))
     prints = {layer: statistics[layer].fingerprint() for layer in recipe.layers}
-    return Prepared(recipe, prints, layers)
+    return Prepared(recipe, prints, layers, background)
 
 
 def edit(
@@ -180,7 +185,7 @@ def edit(
                     tokenizer,
                     edits,
                     recipe,
-                    prepared.layers[layer],
+                    prepared,
                     contexts,
                     targets,
                     layer,
@@ -232,7 +237,7 @@ def _edit_layer(
     tokenizer: Any,
     edits: Sequence[Edit],
     recipe: Recipe,
-    prepared: tuple[Objective, Factorization],
+    prepared: Prepared,
     contexts: Contexts,
     targets: Targets,
     layer: int,
@@ -242,7 +247,7 @@ def _edit_layer(
 ) -> tuple[RankKUpdate, Certificate]:
     """Solves one layer on the model as edited so far, and edits it."""
     average = recipe.key_average
-    objective, factorization = prepared
+    objective, factorization = prepared.layers[layer]
     # Where the factor is: a layer may be on another device.
     device = factorization.factor.device
     if keys is None:
@@ -272,7 +277,9 @@ def _edit_layer(
     )
     # float32 factors: half the bytes, and far below any weight's own rounding.
     found = solution.update
-    update = RankKUpdate(found.left, found.right, keys).to(torch.float32)
+    update = RankKUpdate(
+        found.left, found.right, keys, prepared.background[layer].to(device)
+    ).to(torch.float32)
     address = adapter.address(layer)
     with torch.no_grad():
         weight = adapter.weight(layer)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from covariance_cache.__main__ import Dtype
+from unified_edit.checkpoint.files import reported
 from unified_edit.checkpoint.manifest import refuse_unfinished
 from unified_edit.checkpoint.sharded import CONFIG, Checkpoint
 from unified_edit.errors import CheckpointError, UnifiedEditError
@@ -30,8 +31,9 @@ def folder_of(name: str) -> Path:
     Raises:
         CheckpointError: neither.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    with reported(f"{name}: cannot be read"):
+        if Path(name).is_dir():
+            return Path(name)
     from transformers.utils.hub import cached_file
 
     try:

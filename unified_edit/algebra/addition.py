@@ -75,7 +75,9 @@ def blocks(
     work = torch.promote_types(weight.dtype, torch.float32)
     towards = None
     if rounding == "keys":
-        towards = feedback(_keys(weight, update).to(weight.device), work)
+        towards = feedback(
+            _keys(weight, update).to(weight.device), update.background, work
+        )
     elif rounding != "nearest":
         raise UpdateError(
             f"unknown rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}"

@@ -5,12 +5,13 @@ Here columns are rounded one after another, and what the columns so far have los
 keys is given to those that remain: the entries of a row that are not yet rounded move
 by the smallest step (ε-regularized least squares) that restores the row's products with
 the keys. This is the error feedback of optimal quantization (Hassibi and Stork 1993;
-GPTQ, Frantar et al. 2023) for the Hessian KᵀK + εI, whose low rank is used: n × n
-systems instead of d_key × d_key, and
+GPTQ, Frantar et al. 2023) for the Hessian KᵀK + ε(BᵀB + I): B are the leading
+directions of the second moment C of the preserved keys, which are kept too, and I
+stands for the others. Its low rank is used, n × n systems instead of d_key × d_key:
 
     correction of column j = −(error at the keys) · (εI + Σ_{i ≥ j} k_i k_iᵀ)⁻¹ k_j
 
-with k_j the column of K. No second moment is needed.
+with k_j the column of K and √ε·B.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ _REGULARIZATION = 1.5
 """ε in units of (n / d_key)². Less serves the edits' keys better and others worse;
 `benchmarks/rounding.py` shows both."""
 _COLUMNS = 64
+_LEADING = 16
+"""Directions of C that are kept."""
+_ITERATIONS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,26 +38,58 @@ class Feedback:
     """[d_key] in which columns are rounded: those that the keys use most come first,
     so that the last errors, which nothing can make up for, are the smallest."""
     keys: Tensor
-    """[n, d_key] of unit length, columns in that order."""
+    """[n + m, d_key], the edits' of unit length, columns in that order."""
     gains: Tensor
-    """[n, d_key]: (εI + Σ_{i ≥ j} k_i k_iᵀ)⁻¹ k_j in column j."""
+    """[n + m, d_key]: (εI + Σ_{i ≥ j} k_i k_iᵀ)⁻¹ k_j in column j."""
 
 
 @torch.no_grad()
-def feedback(keys: Tensor, dtype: torch.dtype = torch.float32) -> Feedback:
+def leading(second_moment: Tensor, count: int = _LEADING) -> Tensor:
+    """The leading directions B [count, d_key] of C, so scaled that BᵀB + I is about C
+    over the mean of its other eigenvalues; by subspace iteration, in float64.
+
+    Args:
+        second_moment: C [d_key, d_key], symmetric, not negative.
+    """
+    wide = second_moment.to(torch.float64)
+    size = len(wide)
+    count = min(count, size // 4)
+    start = torch.randn(
+        size, 2 * count, dtype=wide.dtype, generator=torch.Generator().manual_seed(0)
+    )
+    basis = torch.linalg.qr(start.to(wide.device)).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(wide @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.T @ wide @ basis)
+    values, vectors = values[-count:] if count else values[:0], vectors[:, -count:]
+    others = (wide.trace() - values.sum()) / (size - count)
+    scales = (values / others.clamp_min(torch.finfo(wide.dtype).tiny)).clamp_min(0)
+    found: Tensor = basis @ vectors[:, : len(values)] * scales.sqrt()
+    return found.T.contiguous()
+
+
+@torch.no_grad()
+def feedback(
+    keys: Tensor,
+    background: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Feedback:
     """Prepares the rounding for some keys, in float64.
 
     Args:
         keys: [n, d_key].
+        background: [m, d_key], what `leading` gave.
         dtype: to keep the result in.
     """
     wide = keys.to(torch.float64)
     # A key's scale is no reason to serve it better.
     wide = wide / wide.norm(dim=1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+    epsilon = _REGULARIZATION * (wide.shape[0] / wide.shape[1]) ** 2
+    if background is not None:
+        wide = torch.cat([wide, background.to(wide) * epsilon**0.5])
     count, size = wide.shape
     order = wide.square().sum(dim=0).argsort(descending=True, stable=True)
     ordered = wide[:, order].contiguous()
-    epsilon = _REGULARIZATION * (count / size) ** 2
     # (εI + Σ k kᵀ)⁻¹ over the columns behind the present block, as recursive least
     # squares keeps it: from the last block to the first, columns are only added.
     behind = torch.eye(count, dtype=wide.dtype, device=wide.device) / epsilon

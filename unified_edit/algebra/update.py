@@ -24,6 +24,8 @@ from torch import Tensor
 from unified_edit.errors import UpdateError
 
 FORMAT = "unified-edit/update/1"
+FIELDS = ("left", "right", "keys", "background")
+"""The tensors of an update; it may lack the last two."""
 _ROW_BLOCK = 1024
 DTYPE_NAMES = {
     torch.float16: "F16",
@@ -59,6 +61,9 @@ class RankKUpdate:
     """[k, d_key]"""
     keys: Tensor | None = None
     """[n, d_key], one row for each edit: where the change is meant to hold."""
+    background: Tensor | None = None
+    """[m, d_key], the leading directions of C (`algebra.rounding.leading`): where the
+    weight should otherwise stay what it is."""
 
     def __post_init__(self) -> None:
         shapes = (tuple(self.left.shape), tuple(self.right.shape))
@@ -77,15 +82,17 @@ class RankKUpdate:
                 f"{self.left.dtype} on {self.left.device} and "
                 f"{self.right.dtype} on {self.right.device}"
             )
-        if self.keys is not None and (
-            self.keys.ndim != 2
-            or self.keys.shape[1] != shapes[1][1]
-            or self.keys.dtype not in _DTYPES
-        ):
-            raise UpdateError(
-                f"keys must be [n, {shapes[1][1]}] of {_dtype_names()}, got "
-                f"{tuple(self.keys.shape)} of {self.keys.dtype}"
-            )
+        for name in ("keys", "background"):
+            rows = getattr(self, name)
+            if rows is not None and (
+                rows.ndim != 2
+                or rows.shape[1] != shapes[1][1]
+                or rows.dtype not in _DTYPES
+            ):
+                raise UpdateError(
+                    f"{name} must be [n, {shapes[1][1]}] of {_dtype_names()}, got "
+                    f"{tuple(rows.shape)} of {rows.dtype}"
+                )
 
     @property
     def rank(self) -> int:
@@ -119,15 +126,14 @@ class RankKUpdate:
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> RankKUpdate:
         """The same factors and keys in another dtype or on another device."""
+        moved = (getattr(self, name) for name in FIELDS)
         return RankKUpdate(
-            self.left.to(device, dtype).contiguous(),
-            self.right.to(device, dtype).contiguous(),
-            None if self.keys is None else self.keys.to(device, dtype).contiguous(),
+            *(None if t is None else t.to(device, dtype).contiguous() for t in moved)  # type: ignore[arg-type]
         )
 
     def then(self, later: RankKUpdate) -> RankKUpdate:
         """The update that makes this change and then `later`'s: factors joined, and
-        keys where both have them."""
+        keys where both have them; the background is this one's."""
         if self.shape != later.shape:
             raise UpdateError(f"cannot join updates of {self.shape} and {later.shape}")
         known = self.keys is not None and later.keys is not None
@@ -135,6 +141,7 @@ class RankKUpdate:
             torch.cat([self.left, later.left], dim=1),
             torch.cat([self.right, later.right], dim=0),
             torch.cat([self.keys, later.keys]) if known else None,  # type: ignore[list-item]
+            self.background,
         )
 
 
@@ -190,7 +197,7 @@ class UpdateSet:
         tensors = {
             f"{address.tensor}/{field}": tensor
             for address, update in entries
-            for field in ("left", "right", "keys")
+            for field in FIELDS
             if (tensor := getattr(update, field)) is not None
         }
         header = {
@@ -237,17 +244,21 @@ class UpdateSet:
                     for address in addresses
                     for field in ("left", "right")
                 }
-                allowed = {f"{address.tensor}/keys" for address in addresses}
+                allowed = {
+                    f"{address.tensor}/{field}"
+                    for address in addresses
+                    for field in FIELDS
+                }
                 odd = sorted((names - stored) | (stored - names - allowed))
                 if odd:
                     raise UpdateError(f"header and tensors disagree about {odd}")
                 updates = {
                     address: RankKUpdate(
-                        *(
-                            file.get_tensor(f"{address.tensor}/{field}")
-                            for field in ("left", "right", "keys")
+                        **{
+                            field: file.get_tensor(f"{address.tensor}/{field}")
+                            for field in FIELDS
                             if f"{address.tensor}/{field}" in stored
-                        )
+                        }
                     )
                     for address in addresses
                 }

@@ -114,10 +114,13 @@ def open_regular(path: Path) -> FileIO:
         CheckpointError: no regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = FileIO(descriptor, closefd=True)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
-        raise CheckpointError(f"{path}: no regular file; put the file itself there")
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError(f"{path}: no regular file; put the file itself there")
+        file = FileIO(descriptor, closefd=True)
+    except BaseException:
+        os.close(descriptor)
+        raise
     file.name = str(path)
     return file
 
@@ -208,17 +211,32 @@ def replace(staged: Path, target: Path) -> None:
 
 def remove(path: Path) -> None:
     """Removes a file, if there is one, and makes that durable."""
-    if os.path.lexists(path):
+    if present(path):
         path.unlink()
         sync_folder(path.parent)
 
 
+def present(path: Path) -> bool:
+    """Whether there is anything of this name. Unlike `exists`, which takes any error
+    for a no, raises OSError if it cannot be told."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def remove_tree(path: Path) -> None:
-    """Removes a folder of ours (never what a symlink points to), if there is one."""
-    if path.is_dir() and not path.is_symlink():
+    """Removes a folder of ours (never what a symlink points to), if there is one.
+    What makes a loader take it for a model goes first."""
+    if not present(path):
+        return
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+        for name in ("config.json", "adapter_config.json"):
+            (path / name).unlink(missing_ok=True)
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        path.unlink()
 
 
 def sync_folder(path: Path) -> None:
@@ -232,8 +250,12 @@ def sync_folder(path: Path) -> None:
 
 def sync_tree(path: Path) -> None:
     """fsyncs a folder and the folders below it; the files were fsynced when written."""
-    for folder, _, _ in os.walk(path):
+    for folder, _, _ in os.walk(path, onerror=_raise):
         sync_folder(Path(folder))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def listing(folder: Path) -> list[str]:
@@ -245,23 +267,24 @@ def listing(folder: Path) -> list[str]:
             behind a symlink.
     """
     names = []
-    for parent, folders, files in os.walk(folder):
-        if Path(parent) == folder:
-            folders[:] = [name for name in folders if name not in NOT_CHECKPOINT]
-            files = [name for name in files if name not in NOT_CHECKPOINT]
-        for name in folders:
-            if (Path(parent) / name).is_symlink():
-                raise CheckpointError(
-                    f"{Path(parent) / name}: a folder behind a symlink; put the "
-                    "folder itself in its place, or remove it"
-                )
-        for name in files:
-            path = Path(parent) / name
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{path}: a broken symlink or no regular file; remove it"
-                )
-            names.append(path.relative_to(folder).as_posix())
+    with reported(f"{folder}: cannot be read"):
+        for parent, folders, files in os.walk(folder, onerror=_raise):
+            if Path(parent) == folder:
+                folders[:] = [name for name in folders if name not in NOT_CHECKPOINT]
+                files = [name for name in files if name not in NOT_CHECKPOINT]
+            for name in folders:
+                if (Path(parent) / name).is_symlink():
+                    raise CheckpointError(
+                        f"{Path(parent) / name}: a folder behind a symlink; put the "
+                        "folder itself in its place, or remove it"
+                    )
+            for name in files:
+                path = Path(parent) / name
+                if not path.is_file():
+                    raise CheckpointError(
+                        f"{path}: a broken symlink or no regular file; remove it"
+                    )
+                names.append(path.relative_to(folder).as_posix())
     return sorted(names)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from unified_edit.checkpoint.files import (
     STATE,
+    present,
     remove,
     remove_tree,
     replace,
@@ -128,7 +129,7 @@ def finish(folder: Path, journal: Journal) -> None:
     with reported(f"{folder}: replacing its files was interrupted; recover it"):
         for name in journal.new:
             staged = folder / STATE / STAGED / name
-            if os.path.lexists(staged):
+            if present(staged):
                 replace(staged, folder / name)
         manifest = folder / STATE / MANIFEST
         if journal.after is None:
@@ -150,7 +151,7 @@ def discard_leftovers(folder: Path, manifest: Manifest | None) -> None:
     """Removes from `.unified-edit` what no manifest names, and the folder itself if
     nothing is left in it. Only for who holds the lock and sees no journal."""
     state = folder / STATE
-    if not state.is_dir():
+    if not present(state):
         return
     kept = set() if manifest is None else {MANIFEST}
     for record in manifest.updates if manifest else ():
@@ -168,15 +169,16 @@ def check_writable(folder: Path) -> None:
     Raises:
         CheckpointError: no folder, read-only, or its state lies behind a symlink.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a checkpoint folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CheckpointError(
-            f"{folder}: is read-only, so it cannot be changed in place; patch it into "
-            "a new folder"
-        )
-    if (folder / STATE).is_symlink():
-        raise CheckpointError(
-            f"{folder / STATE}: is a symlink, which is not written through; put the "
-            "folder itself in its place"
-        )
+    with reported(f"{folder}: cannot be read"):
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: not a checkpoint folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise CheckpointError(
+                f"{folder}: is read-only, so it cannot be changed in place; patch it "
+                "into a new folder"
+            )
+        if (folder / STATE).is_symlink():
+            raise CheckpointError(
+                f"{folder / STATE}: is a symlink, which is not written through; put "
+                "the folder itself in its place"
+            )

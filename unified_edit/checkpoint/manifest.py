@@ -7,7 +7,6 @@ being replaced (`journal`): then nothing else is to be believed.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from unified_edit.checkpoint.files import (
     NOT_CHECKPOINT,
     STATE,
     open_regular,
+    present,
     refuse_if_locked,
     reported,
 )
@@ -136,13 +136,12 @@ def refuse_unfinished(folder: Path) -> None:
         CheckpointError: no such folder, or a change of it is under way or was
             interrupted.
     """
-    if not folder.is_dir():
-        left = staging_of(folder).exists()
-        hint = "; a patch into it was interrupted, recover removes what is left"
-        raise CheckpointError(
-            f"{folder}: not a checkpoint folder{hint if left else ''}"
-        )
     with reported(f"{folder}: cannot be read"):
+        if not folder.is_dir():
+            hint = ""
+            if present(staging_of(folder)):
+                hint = "; a patch into it was interrupted, recover removes what is left"
+            raise CheckpointError(f"{folder}: not a checkpoint folder{hint}")
         refuse_if_locked(folder / LOCK)
     refuse_half_changed(folder)
 
@@ -150,7 +149,7 @@ def refuse_unfinished(folder: Path) -> None:
 def refuse_half_changed(folder: Path) -> None:
     """`refuse_unfinished`, for who holds the folder's lock."""
     with reported(f"{folder}: cannot be read"):
-        unfinished = os.path.lexists(folder / STATE / JOURNAL)
+        unfinished = present(folder / STATE / JOURNAL)
     if unfinished:
         raise CheckpointError(
             f"{folder}: a change of this folder was interrupted, its files may be half "
@@ -210,7 +209,7 @@ def _check_hashes(hashes: Mapping[str, Any]) -> None:
 def read_state(path: Path) -> Any:
     """The JSON data of one of this package's own files; None if it is absent."""
     with reported(f"{path}: cannot be read"):
-        if not path.exists():
+        if not present(path):
             return None
         with open_regular(path) as file:
             raw = file.readall()

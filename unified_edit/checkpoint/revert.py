@@ -17,6 +17,7 @@ from unified_edit.checkpoint.files import (
     LOCK,
     STATE,
     locked,
+    present,
     remove_tree,
     reported,
     sha256_of,
@@ -140,20 +141,31 @@ def recover(folder: str | Path, *, undo: bool = False) -> RecoverReport:
         CheckpointMismatch: a file is neither as before the change nor as after it, or
             the undo data do not restore it. Nothing is changed then.
     """
-    folder = Path(folder)
-    if not folder.exists():
-        return _remove_staging(folder)
+    folder = Path(os.path.abspath(folder))
+    with reported(f"{folder}: cannot be recovered"):
+        return _recover(folder, undo)
+
+
+def _recover(folder: Path, undo: bool) -> RecoverReport:
+    beside = _remove_beside(folder)
+    if not present(folder):
+        if not beside:
+            raise CheckpointError(
+                f"{folder}: there is no such folder, and nothing left of a patch into "
+                "it"
+            )
+        return RecoverReport(str(folder), "removed", 0, beside)
     check_writable(folder)
-    with reported(f"{folder}: cannot be recovered"), locked(folder / LOCK):
+    with locked(folder / LOCK):
         journal = read_journal(folder)
         if journal is None:
             manifest = read_own_manifest(folder)
             kept = len(manifest.updates) if manifest else 0
             before = _contents(folder / STATE)
             discard_leftovers(folder, manifest)
-            gone = sorted(before - _contents(folder / STATE))
+            gone = (*beside, *sorted(before - _contents(folder / STATE)))
             action = "removed" if gone else "nothing"
-            return RecoverReport(str(folder), action, kept, tuple(gone))
+            return RecoverReport(str(folder), action, kept, gone)
         action = "finished" if journal.patching else "reverted"
         if undo and not journal.patching:
             raise CheckpointError(
@@ -170,19 +182,17 @@ def recover(folder: str | Path, *, undo: bool = False) -> RecoverReport:
     return RecoverReport(str(folder), action, kept, tuple(journal.new))
 
 
-def _remove_staging(out: Path) -> RecoverReport:
-    left = [path for path in (staging_of(out), lock_of(out)) if os.path.lexists(path)]
-    if not left:
-        raise CheckpointError(
-            f"{out}: there is no such folder, and nothing left of a patch into it"
-        )
-    with reported(f"{out}: cannot be recovered"), locked(lock_of(out)):
-        remove_tree(staging_of(out))
-    return RecoverReport(str(out), "removed", 0, tuple(path.name for path in left))
+def _remove_beside(out: Path) -> tuple[str, ...]:
+    """Removes what a patch into `out` may have left beside it; returns its names."""
+    left = [path for path in (staging_of(out), lock_of(out)) if present(path)]
+    if left:
+        with locked(lock_of(out)):
+            remove_tree(staging_of(out))
+    return tuple(path.name for path in left)
 
 
 def _contents(state: Path) -> set[str]:
-    return {path.name for path in state.iterdir()} if state.is_dir() else set()
+    return {path.name for path in state.iterdir()} if present(state) else set()
 
 
 def _is_staged(folder: Path, journal: Journal) -> bool:
