@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -12,6 +12,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Several threads on tensors this small only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def tell(record_property) -> Callable[[str], None]:  # type: ignore[no-untyped-def]
+    """Prints a line after all tests, such as what a test counted."""
+    return lambda line: record_property("told", line)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:  # type: ignore[no-untyped-def]
+    told = [
+        line
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        for name, line in getattr(report, "user_properties", [])
+        if name == "told"
+    ]
+    if told:
+        terminalreporter.section("what tests counted")
+        for line in told:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -594,7 +594,7 @@ STATES = ("plain", "once", "twice")
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_whatever_fails(
-    name: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, world: World, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     operation, path = OPERATIONS[name], tmp_path / "here"
     path.mkdir()
@@ -613,12 +613,11 @@ def test_whatever_fails(
         judge,
         within=operation.within,
     )
-    with capsys.disabled():
-        print(f"\n{name}: {told}", end="")  # noqa: T201
+    tell(f"{name}: {told}")
 
 
 def test_recovery_of_a_new_folder(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     """What a dead process left beside the place of a folder that it did not make."""
     path = tmp_path / "here"
@@ -641,8 +640,7 @@ def test_recovery_of_a_new_folder(
         lambda: recover(path / "out"),
         judge,
     )
-    with capsys.disabled():
-        print(f"\nrecover: a new folder: {told}", end="")  # noqa: T201
+    tell(f"recover: a new folder: {told}")
 
 
 READERS: dict[str, Callable[[World, Path], object]] = {
@@ -662,7 +660,7 @@ def test_a_half_changed_folder_is_never_taken_for_a_whole_one(
     name: str,
     world: World,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tell: Callable[[str], None],
 ) -> None:
     path = tmp_path / "here"
     path.mkdir()
@@ -682,12 +680,11 @@ def test_a_half_changed_folder_is_never_taken_for_a_whole_one(
         judge,
         refused=True,
     )
-    with capsys.disabled():
-        print(f"\n{name} of a half-changed folder: {told}", end="")  # noqa: T201
+    tell(f"{name} of a half-changed folder: {told}")
 
 
 def test_verification_never_says_that_all_is_well_unless_it_read_all(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     path = tmp_path / "here"
     path.mkdir()
@@ -709,5 +706,4 @@ def test_verification_never_says_that_all_is_well_unless_it_read_all(
         action,
         judge,
     )
-    with capsys.disabled():
-        print(f"\nverify: {told}", end="")  # noqa: T201
+    tell(f"verify: {told}")

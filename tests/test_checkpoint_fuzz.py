@@ -410,20 +410,17 @@ class Fuzz:
         self.outcomes[kind, outcome] += 1
 
     def report(
-        self, capsys: pytest.CaptureFixture[str], title: str, at_least: int
+        self, tell: Callable[[str], None], title: str, at_least: int
     ) -> dict[str, set[str]]:
         """Prints the counts, fails on failures; outcomes seen, by class."""
         found: dict[str, Counter[str]] = {}
         for (kind, outcome), count in self.outcomes.items():
             found.setdefault(kind, Counter())[outcome] += count
         total = sum(self.outcomes.values())
-        with capsys.disabled():
-            print(f"\n{title}: {total} mutants")  # noqa: T201
-            for kind, counts in found.items():
-                told = ", ".join(
-                    f"{n} {outcome}" for outcome, n in sorted(counts.items())
-                )
-                print(f"  {kind}: {told}")  # noqa: T201
+        tell(f"{title}: {total} mutants")
+        for kind, counts in found.items():
+            told = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
+            tell(f"  {kind}: {told}")
         if self.failures:
             shown = "\n".join(self.failures[:40])
             pytest.fail(f"{len(self.failures)} of {total}:\n{shown}", pytrace=False)
@@ -533,7 +530,7 @@ def test_valid_checkpoints_are_patched(benches: dict[bool, Bench]) -> None:
 
 
 def test_mutated_weight_files(
-    benches: dict[bool, Bench], capsys: pytest.CaptureFixture[str]
+    benches: dict[bool, Bench], tell: Callable[[str], None]
 ) -> None:
     fuzz = Fuzz()
     for kind, (mutate, count, _) in WEIGHTS.items():
@@ -556,7 +553,7 @@ def test_mutated_weight_files(
                     return bench.ask(check)
 
             fuzz.run(kind, str(number), ask)
-    found = fuzz.report(capsys, "weight files", at_least=2000)
+    found = fuzz.report(tell, "weight files", at_least=2000)
     for kind, (_, _, expected) in WEIGHTS.items():
         assert found[kind] == expected, kind
 
@@ -565,7 +562,7 @@ def test_mutated_weight_files(
 
 
 def test_mutated_index_and_config(
-    benches: dict[bool, Bench], capsys: pytest.CaptureFixture[str]
+    benches: dict[bool, Bench], tell: Callable[[str], None]
 ) -> None:
     bench, fuzz = benches[True], Fuzz()
     for number in range(300):
@@ -593,7 +590,7 @@ def test_mutated_index_and_config(
                 return bench.ask(check)
 
         fuzz.run(name, str(number), ask)
-    found = fuzz.report(capsys, "index and config", at_least=300)
+    found = fuzz.report(tell, "index and config", at_least=300)
     assert all(found[name] == {"accepted", "refused"} for name in (INDEX, CONFIG))
 
 
@@ -601,7 +598,7 @@ def test_mutated_index_and_config(
 
 
 def test_mutated_updates(
-    benches: dict[bool, Bench], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    benches: dict[bool, Bench], tell: Callable[[str], None], tmp_path: Path
 ) -> None:
     bench, fuzz = benches[False], Fuzz()
     path = bench.update.save(tmp_path / "update.safetensors")
@@ -645,7 +642,7 @@ def test_mutated_updates(
             return "loaded, not patched" if patched is None else "patched"
 
         fuzz.run(kind, str(number), ask)
-    found = fuzz.report(capsys, "updates", at_least=350)
+    found = fuzz.report(tell, "updates", at_least=350)
     assert found["what it says of itself"] == {
         *("patched", "refused", "loaded, not patched")
     }
@@ -706,7 +703,7 @@ def refit(manifest: bytes, name: str, content: bytes) -> bytes:
 
 
 def test_mutated_state_of_a_patched_folder(
-    twice: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    twice: Path, tell: Callable[[str], None], tmp_path: Path
 ) -> None:
     fuzz = Fuzz()
     state = twice / "twice" / STATE
@@ -767,7 +764,7 @@ def test_mutated_state_of_a_patched_folder(
             return end
 
         fuzz.run(name, str(number), ask)
-    found = fuzz.report(capsys, "state of patched folders", at_least=200)
+    found = fuzz.report(tell, "state of patched folders", at_least=200)
     for name, ends in {
         "manifest.json": {"reverted", "all reverted", "not reverted"},
         "journal.json": {"recovered", "not recovered", "undone", "not undone"},
@@ -976,11 +973,10 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_arbitrary_files_were_of_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_arbitrary_files_were_of_both_kinds(tell: Callable[[str], None]) -> None:
     if not outcomes:
         pytest.skip("test_arbitrary_files did not run")
-    with capsys.disabled():
-        print(f"\narbitrary files: {dict(outcomes)}")  # noqa: T201
+    tell(f"arbitrary files: {dict(outcomes)}")
     assert min(outcomes["accepted"], outcomes["refused"]) > 30
 
 

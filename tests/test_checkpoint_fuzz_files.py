@@ -360,14 +360,13 @@ def in_a_process(function: str, root: Path) -> Any:
     return json.loads(run.stdout)
 
 
-def test_special_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_special_files(tmp_path: Path, tell: Callable[[str], None]) -> None:
     """Nothing hangs on a pipe, reads a device to its end, or dies of what it finds."""
     found = in_a_process("all_special_cases", tmp_path)
     counts = Counter(
         outcome.split()[0] for outcomes in found.values() for outcome in outcomes
     )
-    with capsys.disabled():
-        print(f"\nspecial files: {len(found)} cases, calls: {dict(counts)}")  # noqa: T201
+    tell(f"special files: {len(found)} cases, calls: {dict(counts)}")
     failures = [
         f"{case}: {outcome}"
         for case, outcomes in found.items()
@@ -391,7 +390,7 @@ def test_unreadable_files_are_refused(tmp_path: Path, name: str) -> None:
         Checkpoint.open(tmp_path / "folder")
 
 
-def test_memory_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_and_time(tmp_path: Path, tell: Callable[[str], None]) -> None:
     """Reading takes no more than the file's size and 64 MB, whatever a file claims."""
     found = in_a_process("all_costs", tmp_path)
     rows = [(case, told) for case, costs in found.items() for told in costs]
@@ -401,8 +400,8 @@ def test_memory_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         f"{told['seconds']:.1f} s, {told['call']}, {case}: {told['outcome']}"
         for case, told in rows
     ]
-    with capsys.disabled():
-        print(f"\nmemory: {len(rows)} calls; the worst:", *lines[:6], sep="\n  ")  # noqa: T201
+    for line in (f"memory: {len(rows)} calls; the worst:", *lines[:6]):
+        tell(line)
     failures = [
         line
         for line, (_, told) in zip(lines, rows, strict=True)

@@ -194,16 +194,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     assert server.returncode == 0
 
 
-def told(capsys: pytest.CaptureFixture[str], name: str, states: Counter[str]) -> None:
+def told(tell: Callable[[str], None], name: str, states: Counter[str]) -> None:
     kills = sum(states[state] for state in states if not state.startswith("("))
     found = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    with capsys.disabled():
-        print(f"\n{name}: {kills} killed: {found}", end="")  # noqa: T201
+    tell(f"{name}: {kills} killed: {found}")
 
 
 @pytest.mark.parametrize("unchanged", ["copy", "hardlink"])
 def test_new_folder(
-    unchanged: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unchanged: str, world: World, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     base, out = world.copy("once", tmp_path / "m"), tmp_path / "out"
     staging, outer_lock = tmp_path / STAGING, tmp_path / OUTER_LOCK
@@ -250,7 +249,7 @@ def test_new_folder(
         if sum(states.values()) == KILLS:
             break
     assert sum(states.values()) == KILLS
-    told(capsys, f"new folder, {unchanged}", states)
+    told(tell, f"new folder, {unchanged}", states)
 
 
 @dataclass(frozen=True)
@@ -314,7 +313,7 @@ def recovered(world: World, folder: Path, duration: float) -> tuple[str, int]:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_in_place(
-    name: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, world: World, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     operation, folder = OPERATIONS[name], tmp_path / "m"
     order, options = operation.order(folder), operation.options
@@ -363,7 +362,7 @@ def test_in_place(
     assert sum(states[state] for state in states if state[0] != "(") == KILLS
     if operation.begin in ("half", "back"):
         assert "unchanged" not in states and states["interrupted"]
-    told(capsys, name, states)
+    told(tell, name, states)
 
 
 def test_there_are_300_kills() -> None:

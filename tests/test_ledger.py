@@ -33,7 +33,7 @@ from unified_edit.evaluate.world import World
 from unified_edit.ledger import Entry, Ledger, rebuild
 from unified_edit.model import targets as targets_module
 from unified_edit.model.adapter import ModelAdapter
-from unified_edit.model.prompts import ContextSettings, Contexts, generate_contexts
+from unified_edit.model.prompts import Contexts, ContextSettings, generate_contexts
 from unified_edit.model.scoring import generate
 from unified_edit.presets import PRESETS
 from unified_edit.recipes import RECIPES, Recipe, recipe
@@ -999,7 +999,7 @@ def test_the_embedded_world(tmp_path: Path) -> None:
     base = TINYWORLD / "gpt2"
     model, tokenizer = load(base)
     statistics = collect(
-        model, tokenizer, world.corpus, [0], tokens=6000, window=64, progress=False
+        model, tokenizer, world.corpus, [0], tokens=3000, window=64, progress=False
     )
     records = world.records[:20]
     ledger = Ledger.create(
