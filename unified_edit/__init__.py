@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     )
     from unified_edit.algebra.solve import Certificate, Solution, factorize, solve
     from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress
-    from unified_edit.checkpoint.patch import patch, revert, verify
+    from unified_edit.checkpoint.lora import export_lora
+    from unified_edit.checkpoint.lora_import import import_lora
+    from unified_edit.checkpoint.patch import history, patch, recover, revert, verify
     from unified_edit.edits import Edit, Record, check_edits, read_edits, read_records
     from unified_edit.engine import EditResult, Prepared, edit, prepare
     from unified_edit.evaluate.counterfact import (
         CounterFactScores,
         evaluate_counterfact,
     )
+    from unified_edit.ledger import Ledger, rebuild
     from unified_edit.live import Applied, applied, apply
     from unified_edit.model.descent import Targets, TargetSettings
     from unified_edit.model.prompts import Contexts, ContextSettings
@@ -53,10 +56,13 @@ _HOMES = {
     ),
     "algebra.solve": "Certificate Solution factorize solve",
     "algebra.update": "RankKUpdate UpdateSet WeightAddress",
-    "checkpoint.patch": "patch revert verify",
+    "checkpoint.lora": "export_lora",
+    "checkpoint.lora_import": "import_lora",
+    "checkpoint.patch": "history patch recover revert verify",
     "edits": "Edit Record check_edits read_edits read_records",
     "engine": "EditResult Prepared edit prepare",
     "evaluate.counterfact": "CounterFactScores evaluate_counterfact",
+    "ledger": "Ledger rebuild",
     "live": "Applied applied apply",
     "model.descent": "TargetSettings Targets",
     "model.prompts": "ContextSettings Contexts",
@@ -77,6 +83,7 @@ __all__ = [
     "EditResult",
     "Equality",
     "LeastSquares",
+    "Ledger",
     "NullSpace",
     "Objective",
     "Prepared",
@@ -100,7 +107,10 @@ __all__ = [
     "edit",
     "emmet",
     "evaluate_counterfact",
+    "export_lora",
     "factorize",
+    "history",
+    "import_lora",
     "memit",
     "p_rome",
     "patch",
@@ -108,7 +118,9 @@ __all__ = [
     "r_rome",
     "read_edits",
     "read_records",
+    "rebuild",
     "recipe",
+    "recover",
     "revert",
     "rome",
     "rome_original",
