@@ -24,6 +24,8 @@ the weight does to the edits' own keys survives (`algebra.rounding`)."""
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 _HALF = (torch.float16, torch.bfloat16)
 _ROWS = 256
+_CACHED = 1 << 15
+"""Values that are worked on at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +90,14 @@ def blocks(
     for start in range(0, matrix.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         before = matrix[rows]
-        change = left[rows].contiguous() @ right
         # Not addmm: some libraries add the factors' products to the weight one by one.
-        exact = change + before.to(work)
+        change = left[rows].contiguous() @ right
         if towards is None:
-            after = exact.to(weight.dtype)
+            after = torch.empty_like(change, dtype=weight.dtype)
+            for few in few_rows(change):
+                after[few] = change[few] + before[few].to(work)
         else:
-            after = rounded(exact, towards, weight.dtype)
+            after = rounded(change + before.to(work), towards, weight.dtype)
         # NaN and infinity are an extreme, or make one.
         if not bool(torch.isfinite(torch.stack(torch.aminmax(after))).all()):
             raise NonFiniteError(
@@ -102,6 +105,14 @@ def blocks(
                 "update holds NaN or infinity, or the sum overflows"
             )
         yield Block(rows, before, change, after)
+
+
+def few_rows(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a matrix by the few, on a CPU: what is made of them stays in its cache,
+    and takes one thread, so that none waits for another. All of them elsewhere."""
+    count, width = matrix.shape
+    step = max(1, _CACHED // max(1, width)) if matrix.device.type == "cpu" else count
+    return (slice(start, start + step) for start in range(0, count, max(1, step)))
 
 
 def added(

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unified_edit.algebra.addition import Rounding, blocks
+from unified_edit.algebra.addition import Rounding, blocks, few_rows
 from unified_edit.algebra.update import RankKUpdate
 from unified_edit.checkpoint.layout import TensorEntry
 from unified_edit.errors import CheckpointError, NonFiniteError, UpdateError
 
-_CACHED = 1 << 15
-"""Values of a matrix that are worked on at a time: few enough for one thread, so that
-none waits for another."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -82,16 +78,18 @@ def change(
     count = 0
     try:
         for block in blocks(weight, update, transposed=transposed, rounding=rounding):
-            error = torch.empty(block.change.shape, dtype=work)
-            for rows in _few_rows(block.change):
+            error = None if keys is None else torch.empty_like(block.change)
+            for rows in few_rows(block.change):
                 old, new = block.before[rows], block.after[rows]
                 count += int((old.view(kind) != new.view(kind)).count_nonzero())
                 was, meant = old.to(work), block.change[rows].to(work)
-                here = torch.sub(new.to(work), was, out=error[rows]).sub_(meant)
-                lost += _square(here)
+                missing = (new.to(work) - was).sub_(meant)
+                if error is not None:
+                    error[rows] = missing
+                lost += _square(missing)
                 before += _square(was)
                 intended += _square(meant)
-            if keys is not None:
+            if keys is not None and error is not None:
                 missed += (error.float() @ keys).double().square().sum(dim=0)
             matrix[block.rows] = block.after
     except (NonFiniteError, UpdateError) as error:
@@ -126,12 +124,6 @@ def change(
         worst_key_error=worst,
         median_key_error=median,
     )
-
-
-def _few_rows(tensor: Tensor) -> Iterator[slice]:
-    """Rows by the few, so that what is made of them stays in the processor's cache."""
-    step = max(1, _CACHED // max(1, tensor.shape[1]))
-    return (slice(i, i + step) for i in range(0, tensor.shape[0], step))
 
 
 def _square(tensor: Tensor) -> float:
@@ -231,6 +223,6 @@ def _losses(
     total = torch.zeros(1 + keys.shape[1], dtype=torch.float64)
     for block in blocks(before.float(), update, transposed=transposed):
         error = turned[block.rows].float() - block.after
-        total[0] += sum(_square(error[rows]) for rows in _few_rows(error))
+        total[0] += sum(_square(error[rows]) for rows in few_rows(error))
         total[1:] += (error @ keys).double().square().sum(dim=0)
     return total.sqrt()
