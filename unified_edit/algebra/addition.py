@@ -23,7 +23,7 @@ the weight does to the edits' own keys survives (`algebra.rounding`)."""
 
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 _HALF = (torch.float16, torch.bfloat16)
-_ROWS = 256
+_ROWS = 512
 _CACHED = 1 << 15
 """Values that are worked on at a time."""
 

@@ -174,14 +174,18 @@ def read_at(file: FileIO, begin: int, end: int) -> bytearray:
         CheckpointError: the file ends before.
     """
     data = bytearray(end - begin)
-    view = memoryview(data)
+    read_into(file, begin, memoryview(data))
+    return data
+
+
+def read_into(file: FileIO, begin: int, view: memoryview) -> None:
+    """`read_at` into memory that is there."""
     while view:
-        got = os.preadv(file.fileno(), [view], end - len(view))
+        got = os.preadv(file.fileno(), [view], begin)
         if not got:
             name = getattr(file, "name", "file")
             raise CheckpointError(f"{name}: ended {len(view)} bytes too early")
-        view = view[got:]
-    return data
+        view, begin = view[got:], begin + got
 
 
 def sha256_of(path: Path) -> str:

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unified_edit.checkpoint.files import NewFile, open_regular, read_at
+from unified_edit.checkpoint.files import NewFile, open_regular, read_at, read_into
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 LARGE = 64 << 20
 """Bytes from which a second thread is worth it."""
 
@@ -92,7 +92,7 @@ class Piece:
     end: int
     change: Callable[[bytearray], None]
     """Changes its bytes, in place."""
-    aside: Callable[[bytearray], None] | None = None
+    aside: Callable[[memoryview], None] | None = None
     """Gets the bytes as they were, a part at a time."""
 
 
@@ -169,9 +169,13 @@ def splice(
     return found
 
 
-def _parts(old: FileIO, begin: int, end: int) -> Iterable[bytearray]:
+def _parts(old: FileIO, begin: int, end: int) -> Iterable[memoryview]:
+    """A range by parts, each to be used before the next is taken."""
+    buffer = memoryview(bytearray(min(_CHUNK, end - begin)))
     for start in range(begin, end, _CHUNK):
-        yield read_at(old, start, min(end, start + _CHUNK))
+        part = buffer[: min(end, start + _CHUNK) - start]
+        read_into(old, start, part)
+        yield part
 
 
 def _finish(old: FileIO, new: NewFile) -> None:
