@@ -50,13 +50,15 @@ def add(
         list[str] | None,
         typer.Option("--set", help="To begin: key=value; may be repeated."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="To begin: of the contexts.", min=0)] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="To begin: of the contexts; 0.", min=0)
+    ] = None,
     shrinkage: Annotated[
-        str, typer.Option(help="To begin: none, oas or ridge:0.01.")
-    ] = "none",
-    dtype: Annotated[str, typer.Option(help="To begin: to load the model in.")] = (
-        "float32"
-    ),
+        str | None, typer.Option(help="To begin: none (default), oas or ridge:0.01.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="To begin: to load the model in; float32.")
+    ] = None,
     base: Base = None,
     token_budget: Annotated[
         int | None, typer.Option(help="As of `edit`.", min=1)
@@ -79,7 +81,7 @@ def add(
         found: Ledger | None = None
         if path.exists():
             given = (model, recipe, statistics, preset, layers, settings)
-            if any(each is not None for each in given):
+            if any(each is not None for each in (*given, seed, shrinkage, dtype)):
                 raise LedgerError(
                     f"{path}: exists, with a model, recipe and statistics of its own; "
                     "leave those options out, or name another ledger"
@@ -94,6 +96,11 @@ def add(
                     f"{path}: no such ledger; to begin one give --model, --recipe and "
                     "--statistics"
                 )
+            if base is not None:
+                raise LedgerError(
+                    f"{path}: no such ledger; --model names the base of a new one, "
+                    "--base is for one whose base has moved"
+                )
             check_edits(chosen)
             source = Source.of(model)
             read = read_recipe(
@@ -103,6 +110,7 @@ def add(
                 layers=layers,
                 settings=settings or (),
             )
+            dtype = dtype or "float32"
             loaded, tokenizer = source.load(dtype, device)
             found = Ledger.create(
                 path,
@@ -110,12 +118,12 @@ def add(
                 tokenizer,
                 read,
                 StatisticsStore(statistics).load(
-                    loaded, read.layers, tokenizer, shrinkage=shrinkage
+                    loaded, read.layers, tokenizer, shrinkage=shrinkage or "none"
                 ),
                 base=str(Path(model).resolve()) if Path(model).is_dir() else model,
                 statistics_folder=str(statistics.resolve()),
                 dtype=dtype,
-                seed=seed,
+                seed=seed or 0,
             )
         before = {entry.id for entry in found.entries}
         grown = found.add(

@@ -130,7 +130,7 @@ def edit(
     adapter.check_finite()
     fingerprint = model_fingerprint(model)
     seconds: dict[str, float] = {}
-    _check_statistics(adapter, recipe, statistics, fingerprint)
+    check_statistics(adapter, recipe, statistics, fingerprint)
     with _timed(seconds, "factorize"):
         if prepared is None:
             prepared = prepare(recipe, statistics, adapter.device)
@@ -337,12 +337,17 @@ def _check_prepared(
         )
 
 
-def _check_statistics(
+def check_statistics(
     adapter: ModelAdapter,
     recipe: Recipe,
     statistics: Mapping[int, KeyStatistics],
     fingerprint: str,
 ) -> None:
+    """Refuses statistics that are not this model's, or too few to be used.
+
+    Raises:
+        RecipeError: naming the layer, and what is there and what is needed.
+    """
     _check_present(recipe, statistics)
     for layer in recipe.layers:
         found = statistics[layer]

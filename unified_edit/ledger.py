@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,23 @@ from unified_edit.algebra.update import UpdateSet
 from unified_edit.checkpoint.files import (
     NewFile,
     locked,
+    present,
     reported,
     sync_folder,
     write_json,
 )
-from unified_edit.checkpoint.patch import Patched, Unchanged, history, patch, revert
+from unified_edit.checkpoint.patch import (
+    Patched,
+    Unchanged,
+    check_modes,
+    history,
+    patch,
+    revert,
+)
+from unified_edit.checkpoint.sharded import Checkpoint
 from unified_edit.edits import Edit, check_edits
-from unified_edit.engine import EditResult, edit
-from unified_edit.errors import EditError, LedgerError, UnifiedEditError
+from unified_edit.engine import EditResult, check_statistics, edit
+from unified_edit.errors import CheckpointError, LedgerError, UnifiedEditError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets
 from unified_edit.model.keys import keys_at_subjects
@@ -45,6 +55,10 @@ from unified_edit.model.targets import optimize_targets
 from unified_edit.recipes import Recipe
 
 FORMAT = "unified-edit/ledger/1"
+_NO_LEDGER = (
+    *(ValueError, KeyError, TypeError, AttributeError, OverflowError),
+    UnifiedEditError,
+)
 _ID = 12
 """Hexadecimal digits of an edit's id."""
 
@@ -143,6 +157,7 @@ class Ledger:
             data = json.loads(path.read_bytes())
             if data["format"] != FORMAT:
                 raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
+            _check_types(data)
             used = data["statistics"]
             found = cls(
                 path,
@@ -157,14 +172,18 @@ class Ledger:
                 data["seed"],
                 _ordered(_entry(each) for each in data["edits"]),
             )
+            if found.statistics_fingerprints.keys() != {*found.recipe.layers}:
+                raise ValueError("its statistics are not those of the recipe's layers")
             if found.entries:
                 check_edits(found.edits)
+            if json.loads(json.dumps(found.as_dict())) != data:
+                raise ValueError("it has fields or values that this version does not")
             return found
         except OSError as error:
             raise LedgerError(
                 f"{path}: cannot be read: {error.strerror}; `ledger add` makes one"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, EditError) as error:
+        except _NO_LEDGER as error:
             raise LedgerError(f"{path}: not a ledger: {error}") from error
         except RecursionError as error:
             raise LedgerError(f"{path}: not a ledger: nested too deep") from error
@@ -196,8 +215,15 @@ class Ledger:
         path = Path(path)
         if path.exists():
             raise LedgerError(f"{path}: exists already; add to it, or name another")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise LedgerError(
+                f"{path.parent}: no folder that can be written to; make one first"
+            )
         adapter = ModelAdapter.of(model)
         adapter.check_layers(recipe.layers)
+        fingerprint = model_fingerprint(model)
+        check_statistics(adapter, recipe, statistics, fingerprint)
+        _check_dtype(path, model, dtype)
         with evaluating(model):
             contexts = generate_contexts(adapter, tokenizer, recipe.contexts, seed)
         shrinkages = {str(statistics[layer].shrinkage) for layer in recipe.layers}
@@ -208,7 +234,7 @@ class Ledger:
         return cls(
             path,
             base,
-            model_fingerprint(model),
+            fingerprint,
             dtype,
             recipe,
             statistics_folder,
@@ -275,6 +301,8 @@ class Ledger:
         Raises:
             LedgerError: the files cannot be written, or somebody changed the ledger.
         """
+        for data in values.values():
+            _unpacked(data)
         fresh = {
             Entry(each, hashlib.sha256(data).hexdigest()): data
             for each, data in values.items()
@@ -377,6 +405,7 @@ class Ledger:
         return replace(result, update=UpdateSet(result.update.updates, metadata))
 
     def _check_model(self, model: nn.Module) -> None:
+        _check_dtype(self.path, model, self.dtype)
         found = model_fingerprint(model)
         if found != self.base_fingerprint:
             raise LedgerError(
@@ -395,7 +424,8 @@ class Ledger:
                 reported(f"{path}: cannot be written"),
                 locked(path.with_name(f".{path.name}.lock")),
             ):
-                if path.exists() and Ledger.read(path) != self:
+                known = Ledger.read(path) if present(path) else None
+                if known != self and (known is not None or self.entries):
                     raise LedgerError(
                         f"{path}: was changed meanwhile; read it again and repeat"
                     )
@@ -404,11 +434,9 @@ class Ledger:
                     for id_, data in fresh.items():
                         _put(self._values_of(id_), data)
                     sync_folder(self.values)
-                write_json(path, grown.as_dict())
-                named = {f"{entry.id}.safetensors" for entry in grown.entries}
-                for found in self.values.iterdir():
-                    if found.name not in named:
-                        found.unlink()
+                write_json(path, grown.as_dict(), readable=True)
+                with suppress(OSError):  # the ledger is written; the next would tidy
+                    _tidy(self.values, grown)
         except LedgerError:
             raise
         except UnifiedEditError as error:
@@ -441,26 +469,73 @@ def rebuild(
         as `patch` and `revert`.
     """
     out = Path(out)
-    if out.is_dir() and any(out.iterdir()):
-        updates = history(out)
-        if (
-            not updates
-            or updates[0].base_fingerprint != ledger.base_fingerprint
-            or not all("ledger" in record.metadata for record in updates)
-        ):
+    check_modes(unchanged, rounding)
+    if not out.is_dir() or not any(out.iterdir()):
+        if update is None:
             raise LedgerError(
-                f"{out}: is no checkpoint that a ledger of this base made; name a new "
-                "folder, or remove this one"
+                f"{ledger.path}: holds no edits; its checkpoint is the base"
             )
-        revert(out, all_updates=True)
-        return None if update is None else patch(out, update, rounding=rounding)
-    if update is None:
-        raise LedgerError(f"{ledger.path}: holds no edits; its checkpoint is the base")
-    return patch(base, update, out, unchanged=unchanged, rounding=rounding)
+        return patch(base, update, out, unchanged=unchanged, rounding=rounding)
+    updates = history(out)
+    last = updates[-1] if updates else None
+    ours = last is not None and "ledger" in last.metadata
+    found = None
+    if last is not None and ours:
+        found = last.base_fingerprint
+    else:
+        with suppress(CheckpointError):
+            found = Checkpoint.open(out).fingerprint()
+    # Without an update of ours it is what an emptied ledger left, or a crash.
+    if found != ledger.base_fingerprint or out.resolve() == Path(base).resolve():
+        raise LedgerError(
+            f"{out}: is no checkpoint that a ledger of this base made; name a new "
+            "folder, or remove this one"
+        )
+    if update is not None and rounding == "keys":
+        _check_half(out, update)
+    if ours:
+        revert(out)
+    return None if update is None else patch(out, update, rounding=rounding)
+
+
+def _check_half(folder: Path, update: UpdateSet) -> None:
+    """Refuses to round towards keys what would be refused after the revert only."""
+    checkpoint = Checkpoint.open(folder)
+    for address, change in update:
+        entry = checkpoint.editable(address)
+        if entry.dtype not in ("F16", "BF16") or change.keys is None:
+            raise LedgerError(
+                f"{folder}: rounding towards keys is for half precision and updates "
+                f"with keys; {entry.name!r} is {entry.dtype}; round to nearest"
+            )
+
+
+def _check_dtype(ledger: Path, model: nn.Module, dtype: str) -> None:
+    """A fingerprint reads float32, whatever the model is in."""
+    found = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if dtype not in (found, "auto"):
+        raise LedgerError(
+            f"{ledger}: is of the model loaded in {dtype}, this one is in {found}; "
+            f"load the unedited base in {dtype}"
+        )
 
 
 def _ordered(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     return tuple(sorted(entries, key=lambda entry: entry.id))
+
+
+def _check_types(data: Mapping[str, Any]) -> None:
+    """Raises TypeError for texts that are none; the recipe checks itself."""
+    used = data["statistics"]
+    texts = (
+        *(data["base"], data["base_fingerprint"], data["dtype"]),
+        *(used["folder"], used["shrinkage"], *used["fingerprints"].values()),
+        *(each["values_sha256"] for each in data["edits"]),
+    )
+    if not all(isinstance(each, str) for each in texts):
+        raise TypeError("a name or fingerprint in it is no text")
+    if type(data["seed"]) is not int:
+        raise TypeError(f"its seed is {data['seed']!r}")
 
 
 def _entry(data: Mapping[str, Any]) -> Entry:
@@ -473,6 +548,14 @@ def _entry(data: Mapping[str, Any]) -> Entry:
             "and add the new one"
         )
     return entry
+
+
+def _tidy(values: Path, ledger: Ledger) -> None:
+    """Removes values that the ledger does not name."""
+    named = {f"{entry.id}.safetensors" for entry in ledger.entries}
+    for found in values.iterdir():
+        if found.name not in named:
+            found.unlink()
 
 
 def _put(path: Path, data: bytes) -> None:
@@ -490,7 +573,15 @@ def _packed(targets: Targets, keys: Tensor) -> bytes:
 
 
 def _unpacked(data: bytes) -> dict[str, Tensor]:
+    """Raises LedgerError for what `_packed` did not write."""
     try:
-        return load(data)
-    except SafetensorError as error:  # its hash was right: written so
-        raise LedgerError(f"a file of values is not readable: {error}") from error
+        found = load(data)
+    except SafetensorError as error:
+        raise LedgerError(f"values of an edit cannot be read: {error}") from error
+    names = {*Targets.__dataclass_fields__, "keys"}
+    if found.keys() != names or any(len(each) != 1 for each in found.values()):
+        raise LedgerError(
+            f"values of an edit hold {sorted(found)}, and must hold one row each of "
+            f"{sorted(names)}"
+        )
+    return found

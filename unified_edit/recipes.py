@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -29,6 +29,13 @@ from unified_edit.model.descent import TargetSettings
 from unified_edit.model.keys import KeyAverage
 from unified_edit.model.prompts import ContextSettings
 from unified_edit.presets import MEMIT_CONTEXTS, PRESETS, ROME_CONTEXTS, Origin
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "key_average": get_args(KeyAverage),
+    "memorization": ("equality", "least_squares"),
+    "preservation": ("second_moment", "null_space"),
+    "origin": get_args(Origin),
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        if not all(type(layer) is int for layer in self.layers):
+            raise RecipeError(f"{self.name}: layers are numbers, not {self.layers}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise RecipeError(
+                    f"{self.name}: {name} is one of {', '.join(choices)}, not "
+                    f"{getattr(self, name)!r}"
+                )
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise RecipeError(
                 f"{self.name}: layers must be ascending, without repeats, at least "

@@ -197,12 +197,18 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Puts a JSON file in place in one step; same data, same bytes."""
+def write_json(path: Path, data: Mapping[str, Any], *, readable: bool = False) -> None:
+    """Puts a JSON file in place in one step; same data, same bytes.
+
+    Args:
+        readable: letters beyond ASCII as they are; the data must be valid texts.
+    """
     staged = path.with_name(f".{path.name}.tmp")
     staged.unlink(missing_ok=True)
     with NewFile(staged) as file:
-        text = json.dumps(data, sort_keys=True, indent=1, allow_nan=False)
+        text = json.dumps(
+            data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=not readable
+        )
         file.write(text.encode() + b"\n")
     replace(staged, path)
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from unified_edit.algebra.addition import Rounding
+from unified_edit.algebra.addition import ROUNDINGS, Rounding
 from unified_edit.algebra.update import UpdateSet
 from unified_edit.checkpoint.files import (
     LOCK,
@@ -154,10 +154,7 @@ def patch(
         UpdateError: the update is empty, does not fit, or is no JSON-able data.
         NonFiniteError: NaN or infinity in a weight, before or after.
     """
-    if unchanged not in UNCHANGED:
-        raise CheckpointError(
-            f"unchanged files: {unchanged!r} is none of {', '.join(UNCHANGED)}"
-        )
+    check_modes(unchanged, rounding)
     if out is None:
         return _patch_in_place(Path(base), update, rounding, check_base)
     out = Path(os.path.abspath(out))
@@ -169,6 +166,16 @@ def patch(
         check_base=check_base,
     )
     return _patch_copy(plan, out, unchanged)
+
+
+def check_modes(unchanged: str, rounding: str) -> None:
+    """Raises CheckpointError for a mode that does not exist."""
+    for name, value, known in (
+        ("unchanged files", unchanged, UNCHANGED),
+        ("rounding", rounding, ROUNDINGS),
+    ):
+        if value not in known:
+            raise CheckpointError(f"{name}: {value!r} is none of {', '.join(known)}")
 
 
 def _patch_copy(plan: Plan, out: Path, unchanged: Unchanged) -> Patched:

@@ -57,6 +57,8 @@ class TargetSettings:
                 raise RecipeError(
                     f"{name} must be one of {choices}, not {getattr(self, name)!r}"
                 )
+        if type(self.steps) is not int:
+            raise RecipeError(f"steps must be a whole number, not {self.steps!r}")
         # Written so that NaN is refused as well.
         if not (self.steps >= 1 and self.learning_rate > 0 and self.clamp > 0):
             raise RecipeError("steps, learning_rate and clamp must be positive")
