@@ -131,17 +131,13 @@ def _square(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype.itemsize > 2 else torch.float32
-
-
 def _key_errors(
     update: RankKUpdate, missed: Tensor
 ) -> tuple[float | None, float | None]:
     """‖E k‖ / ‖ΔW k‖ of the worst and of the median key, for ‖E k‖² in `missed`."""
     if update.keys is None or not len(update.keys):
         return None, None
-    wide = _wide(update.left.dtype)
+    wide = torch.promote_types(update.left.dtype, torch.float32)
     meant = (update.keys.to(wide) @ update.right.to(wide).T) @ update.left.to(wide).T
     sizes = torch.linalg.vector_norm(meant, dim=1).double()
     shares = missed.sqrt() / sizes.clamp_min(torch.finfo(torch.float64).tiny)

@@ -157,6 +157,8 @@ def write_staged(
         NewFile(state / undo_name) as undo,
         Background(threaded=size >= LARGE) as background,
     ):
+        for data in UpdateSet(plan.update.updates, plan.metadata).parts():
+            background.run(partial(kept.write, data))
         undo.write(new_header(entries, {"format": "pt"}))
         found = {
             file: splice(
@@ -175,8 +177,6 @@ def write_staged(
             )
             for file, parts in plan.changes.items()
         }
-        for data in UpdateSet(plan.update.updates, plan.metadata).parts():
-            background.run(partial(kept.write, data))
     record = UpdateRecord(
         number=number,
         update=update_name,
