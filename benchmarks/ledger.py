@@ -38,7 +38,8 @@ from unified_edit.demo import FAMILIES, load, world_statistics
 from unified_edit.edits import Edit
 from unified_edit.engine import EditResult
 from unified_edit.evaluate.world import World
-from unified_edit.ledger import Ledger, rebuild
+from unified_edit.ledger import Ledger
+from unified_edit.ledger_rebuild import rebuild
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.scoring import score
 from unified_edit.recipes import RECIPES, Recipe, matching_preset, recipe

@@ -33,6 +33,11 @@ ASSEMBLY = tuple(
     f"unified_edit.{name}"
     for name in ("presets", "recipes", "live", "report", "engine", "target_cache")
 )
+LEDGER = (
+    "unified_edit.ledger",
+    "unified_edit.ledger_entries",
+    "unified_edit.ledger_rebuild",
+)
 UPDATE = ("unified_edit.algebra.addition", "unified_edit.algebra.update")
 
 ROWS = {
@@ -65,8 +70,8 @@ ROWS = {
         frozenset({"torch", "tqdm"}),
     ),
     "ledger": Row(
-        ("unified_edit.ledger",),
-        (*BASE, *ALGEBRA, *STATISTICS, *MODEL, *CHECKPOINT, *ASSEMBLY),
+        LEDGER,
+        (*BASE, *ALGEBRA, *STATISTICS, *MODEL, *CHECKPOINT, *ASSEMBLY, *LEDGER),
         frozenset({"torch", "safetensors"}),
     ),
     "outer": Row(

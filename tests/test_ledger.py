@@ -30,7 +30,9 @@ from unified_edit.edits import Edit
 from unified_edit.engine import edit
 from unified_edit.errors import CheckpointError, EditError, LedgerError, RecipeError
 from unified_edit.evaluate.world import World
-from unified_edit.ledger import Entry, Ledger, rebuild
+from unified_edit.ledger import Ledger
+from unified_edit.ledger_entries import Entry
+from unified_edit.ledger_rebuild import rebuild
 from unified_edit.model import targets as targets_module
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.prompts import Contexts, ContextSettings, generate_contexts

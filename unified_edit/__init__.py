@@ -31,7 +31,8 @@ if TYPE_CHECKING:
         CounterFactScores,
         evaluate_counterfact,
     )
-    from unified_edit.ledger import Ledger, rebuild
+    from unified_edit.ledger import Ledger
+    from unified_edit.ledger_rebuild import rebuild
     from unified_edit.live import Applied, applied, apply
     from unified_edit.model.descent import Targets, TargetSettings
     from unified_edit.model.prompts import Contexts, ContextSettings
@@ -62,10 +63,11 @@ _HOMES = {
     "edits": "Edit Record check_edits read_edits read_records",
     "engine": "EditResult Prepared edit prepare",
     "evaluate.counterfact": "CounterFactScores evaluate_counterfact",
-    "ledger": "Ledger rebuild",
+    "ledger": "Ledger",
     "live": "Applied applied apply",
     "model.descent": "TargetSettings Targets",
     "model.prompts": "ContextSettings Contexts",
+    "ledger_rebuild": "rebuild",
     "recipes": ("Recipe alphaedit emmet memit p_rome r_rome recipe rome rome_original"),
     "report": "EditReport",
     "target_cache": "TargetCache",

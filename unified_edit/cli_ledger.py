@@ -212,7 +212,8 @@ def rebuild_(
 ) -> None:
     """Solve for the ledger's edits and make their checkpoint from the base."""
     with one_line_errors():
-        from unified_edit.ledger import Ledger, rebuild
+        from unified_edit.ledger import Ledger
+        from unified_edit.ledger_rebuild import rebuild
         from unified_edit.loading import Source, folder_of
 
         if out is None and update is None:

@@ -18,35 +18,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import nn
 
 from covariance_cache import KeyStatistics
 from covariance_cache.capture import evaluating
 from covariance_cache.fingerprint import model_fingerprint
-from unified_edit.algebra.addition import Rounding
 from unified_edit.algebra.update import UpdateSet
 from unified_edit.checkpoint.files import (
-    NewFile,
     locked,
     present,
     reported,
     sync_folder,
     write_json,
 )
-from unified_edit.checkpoint.patch import (
-    Patched,
-    Unchanged,
-    check_modes,
-    history,
-    patch,
-    revert,
-)
-from unified_edit.checkpoint.sharded import Checkpoint
 from unified_edit.edits import Edit, check_edits
 from unified_edit.engine import EditResult, check_statistics, edit
-from unified_edit.errors import CheckpointError, LedgerError, UnifiedEditError
+from unified_edit.errors import LedgerError, UnifiedEditError
+from unified_edit.ledger_entries import (
+    Entry,
+    check_types,
+    ordered,
+    packed,
+    put,
+    read_entry,
+    tidy,
+    unpacked,
+)
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets
 from unified_edit.model.keys import keys_at_subjects
@@ -59,31 +56,6 @@ _NO_LEDGER = (
     *(ValueError, KeyError, TypeError, AttributeError, OverflowError),
     UnifiedEditError,
 )
-_ID = 12
-"""Hexadecimal digits of an edit's id."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One edit of a ledger."""
-
-    edit: Edit
-    values_sha256: str
-    """Of the file with its target and key."""
-
-    @property
-    def id(self) -> str:
-        """Digest of the edit's prompt, subject and target."""
-        text = json.dumps(self.edit.as_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:_ID]
-
-    def as_dict(self) -> dict[str, str]:
-        """Plain JSON data."""
-        return {
-            "id": self.id,
-            **self.edit.as_dict(),
-            "values_sha256": self.values_sha256,
-        }
 
 
 @dataclass(frozen=True)
@@ -157,7 +129,7 @@ class Ledger:
             data = json.loads(path.read_bytes())
             if data["format"] != FORMAT:
                 raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
-            _check_types(data)
+            check_types(data)
             used = data["statistics"]
             found = cls(
                 path,
@@ -170,7 +142,7 @@ class Ledger:
                 used["shrinkage"],
                 Contexts(tuple(data["contexts"])),
                 data["seed"],
-                _ordered(_entry(each) for each in data["edits"]),
+                ordered(read_entry(each) for each in data["edits"]),
             )
             if found.statistics_fingerprints.keys() != {*found.recipe.layers}:
                 raise ValueError("its statistics are not those of the recipe's layers")
@@ -291,7 +263,7 @@ class Ledger:
             )
         files = {}
         for index, each in enumerate(edits):
-            files[each] = _packed(targets.select(index), keys[index : index + 1])
+            files[each] = packed(targets.select(index), keys[index : index + 1])
         return self.join(files)
 
     def join(self, values: Mapping[Edit, bytes]) -> Ledger:
@@ -302,12 +274,12 @@ class Ledger:
             LedgerError: the files cannot be written, or somebody changed the ledger.
         """
         for data in values.values():
-            _unpacked(data)
+            unpacked(data)
         fresh = {
             Entry(each, hashlib.sha256(data).hexdigest()): data
             for each, data in values.items()
         }
-        grown = replace(self, entries=_ordered([*self.entries, *fresh]))
+        grown = replace(self, entries=ordered([*self.entries, *fresh]))
         check_edits(grown.edits)
         return self._write(grown, {entry.id: data for entry, data in fresh.items()})
 
@@ -383,7 +355,7 @@ class Ledger:
                     f"{self.path}: layer {layer} was edited with statistics "
                     f"{expected}, these are {found}; use those, or begin another ledger"
                 )
-        unpacked = [_unpacked(self.packed_values(entry)) for entry in self.entries]
+        kept = [unpacked(self.packed_values(entry)) for entry in self.entries]
         result = edit(
             model,
             tokenizer,
@@ -394,11 +366,11 @@ class Ledger:
             seed=self.seed,
             targets=Targets(
                 *(
-                    torch.cat([values[name] for values in unpacked])
+                    torch.cat([values[name] for values in kept])
                     for name in Targets.__dataclass_fields__
                 )
             ),
-            keys=torch.cat([values["keys"] for values in unpacked]),
+            keys=torch.cat([values["keys"] for values in kept]),
             progress=progress,
         )
         metadata = {**result.update.metadata, "ledger": self.digest}
@@ -432,82 +404,16 @@ class Ledger:
                 if fresh:
                     self.values.mkdir(exist_ok=True)
                     for id_, data in fresh.items():
-                        _put(self._values_of(id_), data)
+                        put(self._values_of(id_), data)
                     sync_folder(self.values)
                 write_json(path, grown.as_dict(), readable=True)
                 with suppress(OSError):  # the ledger is written; the next would tidy
-                    _tidy(self.values, grown)
+                    tidy(self.values, grown.entries)
         except LedgerError:
             raise
         except UnifiedEditError as error:
             raise LedgerError(str(error)) from error
         return grown
-
-
-def rebuild(
-    ledger: Ledger,
-    update: UpdateSet | None,
-    base: str | Path,
-    out: str | Path,
-    *,
-    unchanged: Unchanged = "copy",
-    rounding: Rounding = "nearest",
-) -> Patched | None:
-    """Makes `out` the base with the ledger's edits: a new folder, or one that an
-    earlier rebuild made, whose updates are then taken back first. A crash between the
-    two leaves the unedited base there, whole.
-
-    Args:
-        update: what `solve` gave; None for a ledger without edits, which leaves the
-            base, in a folder that an earlier rebuild made.
-
-    Returns:
-        None where there were no edits.
-
-    Raises:
-        LedgerError: `out` holds something else.
-        as `patch` and `revert`.
-    """
-    out = Path(out)
-    check_modes(unchanged, rounding)
-    if not out.is_dir() or not any(out.iterdir()):
-        if update is None:
-            raise LedgerError(
-                f"{ledger.path}: holds no edits; its checkpoint is the base"
-            )
-        return patch(base, update, out, unchanged=unchanged, rounding=rounding)
-    updates = history(out)
-    last = updates[-1] if updates else None
-    ours = last is not None and "ledger" in last.metadata
-    found = None
-    if last is not None and ours:
-        found = last.base_fingerprint
-    else:
-        with suppress(CheckpointError):
-            found = Checkpoint.open(out).fingerprint()
-    # Without an update of ours it is what an emptied ledger left, or a crash.
-    if found != ledger.base_fingerprint or out.resolve() == Path(base).resolve():
-        raise LedgerError(
-            f"{out}: is no checkpoint that a ledger of this base made; name a new "
-            "folder, or remove this one"
-        )
-    if update is not None and rounding == "keys":
-        _check_half(out, update)
-    if ours:
-        revert(out)
-    return None if update is None else patch(out, update, rounding=rounding)
-
-
-def _check_half(folder: Path, update: UpdateSet) -> None:
-    """Refuses to round towards keys what would be refused after the revert only."""
-    checkpoint = Checkpoint.open(folder)
-    for address, change in update:
-        entry = checkpoint.editable(address)
-        if entry.dtype not in ("F16", "BF16") or change.keys is None:
-            raise LedgerError(
-                f"{folder}: rounding towards keys is for half precision and updates "
-                f"with keys; {entry.name!r} is {entry.dtype}; round to nearest"
-            )
 
 
 def _check_dtype(ledger: Path, model: nn.Module, dtype: str) -> None:
@@ -518,70 +424,3 @@ def _check_dtype(ledger: Path, model: nn.Module, dtype: str) -> None:
             f"{ledger}: is of the model loaded in {dtype}, this one is in {found}; "
             f"load the unedited base in {dtype}"
         )
-
-
-def _ordered(entries: Iterable[Entry]) -> tuple[Entry, ...]:
-    return tuple(sorted(entries, key=lambda entry: entry.id))
-
-
-def _check_types(data: Mapping[str, Any]) -> None:
-    """Raises TypeError for texts that are none; the recipe checks itself."""
-    used = data["statistics"]
-    texts = (
-        *(data["base"], data["base_fingerprint"], data["dtype"]),
-        *(used["folder"], used["shrinkage"], *used["fingerprints"].values()),
-        *(each["values_sha256"] for each in data["edits"]),
-    )
-    if not all(isinstance(each, str) for each in texts):
-        raise TypeError("a name or fingerprint in it is no text")
-    if type(data["seed"]) is not int:
-        raise TypeError(f"its seed is {data['seed']!r}")
-
-
-def _entry(data: Mapping[str, Any]) -> Entry:
-    entry = Entry(
-        Edit(data["prompt"], data["subject"], data["target"]), data["values_sha256"]
-    )
-    if data["id"] != entry.id:
-        raise ValueError(
-            f"edit {data['id']!r} ({entry.edit.text!r}) was changed by hand; remove it "
-            "and add the new one"
-        )
-    return entry
-
-
-def _tidy(values: Path, ledger: Ledger) -> None:
-    """Removes values that the ledger does not name."""
-    named = {f"{entry.id}.safetensors" for entry in ledger.entries}
-    for found in values.iterdir():
-        if found.name not in named:
-            found.unlink()
-
-
-def _put(path: Path, data: bytes) -> None:
-    staged = path.with_name(f".{path.name}.tmp")
-    staged.unlink(missing_ok=True)
-    with NewFile(staged) as file:
-        file.write(data)
-    os.replace(staged, path)
-
-
-def _packed(targets: Targets, keys: Tensor) -> bytes:
-    tensors = {name: getattr(targets, name) for name in Targets.__dataclass_fields__}
-    kept = {name: each.cpu().contiguous() for name, each in tensors.items()}
-    return save({**kept, "keys": keys.cpu().contiguous()})
-
-
-def _unpacked(data: bytes) -> dict[str, Tensor]:
-    """Raises LedgerError for what `_packed` did not write."""
-    try:
-        found = load(data)
-    except SafetensorError as error:
-        raise LedgerError(f"values of an edit cannot be read: {error}") from error
-    names = {*Targets.__dataclass_fields__, "keys"}
-    if found.keys() != names or any(len(each) != 1 for each in found.values()):
-        raise LedgerError(
-            f"values of an edit hold {sorted(found)}, and must hold one row each of "
-            f"{sorted(names)}"
-        )
-    return found

@@ -229,7 +229,7 @@ class UpdateSet:
         """
         try:
             if not Path(path).is_file():
-                raise UpdateError("no such file")
+                raise UpdateError("cannot be read as an update: no such file")
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("unified_edit", "{}"))
                 found = header.get("format") if isinstance(header, dict) else header
