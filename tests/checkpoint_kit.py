@@ -1,12 +1,14 @@
 """Tiny checkpoints and updates for the checkpoint tests."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -77,6 +79,17 @@ def save_checkpoint(
     (folder / "extra" / "merges.txt").write_bytes(b"\x00\xff raw")
     assert (len(Checkpoint.open(folder).files) > 1) == sharded
     return folder
+
+
+def write_shards(folder: Path, shards: dict[str, dict[str, torch.Tensor]]) -> None:
+    """A checkpoint of these shards, with index and an empty config."""
+    weight_map = {}
+    for shard, tensors in shards.items():
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, shard))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
 
 
 def address_of(family: str, layer: int) -> WeightAddress:

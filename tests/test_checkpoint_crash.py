@@ -16,8 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_kit import disk, quick_fsync, random_update  # noqa: F401
-from safetensors.torch import save_file
+from checkpoint_kit import (
+    disk,
+    quick_fsync,  # noqa: F401
+    random_update,
+    write_shards,
+)
 
 from unified_edit.algebra.update import UpdateSet, WeightAddress
 from unified_edit.checkpoint import patch as patch_module
@@ -117,13 +121,7 @@ def small_checkpoint(folder: Path) -> Path:
         "model-1.safetensors": {"a": random(4, 6), "b": random(5)},
         "model-2.safetensors": {"c": random(6, 4), "d": random(3, 3)},
     }
-    weight_map = {}
-    for shard, tensors in shards.items():
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, shard))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text("{}")
+    write_shards(folder, shards)
     (folder / "README.md").write_text("a card\n")
     return folder
 

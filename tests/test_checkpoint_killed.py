@@ -26,8 +26,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_kit import disk, half_changed, quick_fsync, random_update  # noqa: F401
-from safetensors.torch import save_file
+from checkpoint_kit import (
+    disk,
+    half_changed,
+    quick_fsync,  # noqa: F401
+    random_update,
+    write_shards,
+)
 from test_checkpoint_crash import ADDRESSES, is_interrupted
 
 from unified_edit.checkpoint.files import STATE
@@ -143,13 +148,7 @@ def checkpoint(folder: Path) -> Path:
         "model-2.safetensors": {"d": weight(30_000), "c": weight(200, 150)},
         "model-3.safetensors": {"e": weight(300, 200)},
     }
-    weight_map = {}
-    for shard, tensors in shards.items():
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, shard))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text("{}")
+    write_shards(folder, shards)
     (folder / "extra").mkdir()
     (folder / "extra" / "merges.txt").write_bytes(b"\x00\xff raw")
     return folder

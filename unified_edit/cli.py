@@ -13,6 +13,7 @@ import typer
 
 from unified_edit import cli_files, cli_ledger
 from unified_edit.console import (
+    Device,
     Force,
     Json,
     Model,
@@ -34,7 +35,6 @@ app = typer.Typer(
 Dtype = Annotated[
     str, typer.Option(help="To load the model in: float32, bfloat16, float16 or auto.")
 ]
-Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
 Limit = Annotated[int | None, typer.Option(help="Use the first N only.", min=1)]
 
 

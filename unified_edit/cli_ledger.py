@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unified_edit.console import Force, Json, check_new, one_line_errors, show
+from unified_edit.console import (
+    Device,
+    Force,
+    Json,
+    check_new,
+    one_line_errors,
+    show,
+)
 from unified_edit.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -27,7 +34,6 @@ Base = Annotated[
 StatisticsAt = Annotated[
     Path | None, typer.Option(help="The statistics' folder, if it is elsewhere by now.")
 ]
-Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
 
 
 @ledger.command()

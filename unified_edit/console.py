@@ -17,6 +17,7 @@ View = Callable[[], Iterable[Any]]
 
 Model = Annotated[str, typer.Argument(help="Folder of a model, or a cached name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from unified_edit.checkpoint.files import NewFile
+from unified_edit.checkpoint.files import stage
 from unified_edit.edits import Edit
 from unified_edit.errors import LedgerError
 from unified_edit.model.descent import Targets
@@ -85,11 +85,8 @@ def tidy(values: Path, entries: Iterable[Entry]) -> None:
 
 
 def put(path: Path, data: bytes) -> None:
-    staged = path.with_name(f".{path.name}.tmp")
-    staged.unlink(missing_ok=True)
-    with NewFile(staged) as file:
-        file.write(data)
-    os.replace(staged, path)
+    """Puts a file in place in one step; durable once its folder is synced."""
+    os.replace(stage(path, data), path)
 
 
 def packed(targets: Targets, keys: Tensor) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from unified_edit.algebra.addition import Rounding
+from unified_edit.algebra.addition import Rounding, keys_to_keep
 from unified_edit.algebra.update import UpdateSet
 from unified_edit.checkpoint.patch import (
     Patched,
@@ -16,7 +16,7 @@ from unified_edit.checkpoint.patch import (
     revert,
 )
 from unified_edit.checkpoint.sharded import Checkpoint
-from unified_edit.errors import CheckpointError, LedgerError
+from unified_edit.errors import CheckpointError, LedgerError, UpdateError
 from unified_edit.ledger import Ledger
 
 
@@ -79,8 +79,7 @@ def _check_half(folder: Path, update: UpdateSet) -> None:
     checkpoint = Checkpoint.open(folder)
     for address, change in update:
         entry = checkpoint.editable(address)
-        if entry.dtype not in ("F16", "BF16") or change.keys is None:
-            raise LedgerError(
-                f"{folder}: rounding towards keys is for half precision and updates "
-                f"with keys; {entry.name!r} is {entry.dtype}; round to nearest"
-            )
+        try:
+            keys_to_keep(entry.torch_dtype, change)
+        except UpdateError as error:
+            raise LedgerError(f"{folder}: tensor {entry.name!r}: {error}") from error

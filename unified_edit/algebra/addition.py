@@ -78,7 +78,9 @@ def blocks(
     towards = None
     if rounding == "keys":
         towards = feedback(
-            _keys(weight, update).to(weight.device), update.background, work
+            keys_to_keep(weight.dtype, update).to(weight.device),
+            update.background,
+            work,
         )
     elif rounding != "nearest":
         raise UpdateError(
@@ -129,11 +131,16 @@ def added(
     return out
 
 
-def _keys(weight: Tensor, update: RankKUpdate) -> Tensor:
-    if weight.dtype not in _HALF:
+def keys_to_keep(dtype: torch.dtype, update: RankKUpdate) -> Tensor:
+    """The keys that a weight of this dtype is rounded towards.
+
+    Raises:
+        UpdateError: the weight is in full precision, or the update has no keys.
+    """
+    if dtype not in _HALF:
         raise UpdateError(
             f"rounding towards keys is for half precision, this weight is "
-            f"{weight.dtype}; round to nearest"
+            f"{dtype}; round to nearest"
         )
     if update.keys is None or not len(update.keys):
         raise UpdateError(

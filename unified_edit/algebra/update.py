@@ -239,17 +239,11 @@ class UpdateSet:
                     )
                 addresses = [_address(entry) for entry in header["addresses"]]
                 stored = set(file.keys())
-                names = {
-                    f"{address.tensor}/{field}"
-                    for address in addresses
-                    for field in ("left", "right")
-                }
-                allowed = {
-                    f"{address.tensor}/{field}"
-                    for address in addresses
-                    for field in FIELDS
-                }
-                odd = sorted((names - stored) | (stored - names - allowed))
+                needed, allowed = (
+                    {f"{each.tensor}/{field}" for each in addresses for field in fields}
+                    for fields in (FIELDS[:2], FIELDS)
+                )
+                odd = sorted((needed - stored) | (stored - allowed))
                 if odd:
                     raise UpdateError(f"header and tensors disagree about {odd}")
                 updates = {

@@ -203,14 +203,19 @@ def write_json(path: Path, data: Mapping[str, Any], *, readable: bool = False) -
     Args:
         readable: letters beyond ASCII as they are; the data must be valid texts.
     """
+    text = json.dumps(
+        data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=not readable
+    )
+    replace(stage(path, text.encode() + b"\n"), path)
+
+
+def stage(path: Path, data: bytes) -> Path:
+    """Writes what is to become the file `path` beside it; returns where."""
     staged = path.with_name(f".{path.name}.tmp")
     staged.unlink(missing_ok=True)
     with NewFile(staged) as file:
-        text = json.dumps(
-            data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=not readable
-        )
-        file.write(text.encode() + b"\n")
-    replace(staged, path)
+        file.write(data)
+    return staged
 
 
 def replace(staged: Path, target: Path) -> None:

@@ -50,7 +50,7 @@ class Journal:
     def __post_init__(self) -> None:
         if not self.records:
             raise ValueError("it changes nothing")
-        shorter, longer = sorted((self._updates(True), self._updates(False)), key=len)
+        shorter, longer = self._histories()
         if longer[: len(shorter)] != shorter:
             raise ValueError("it belongs to two histories")
 
@@ -62,7 +62,7 @@ class Journal:
     @property
     def records(self) -> tuple[UpdateRecord, ...]:
         """The updates that are applied or taken back, oldest first."""
-        shorter, longer = sorted((self._updates(True), self._updates(False)), key=len)
+        shorter, longer = self._histories()
         return longer[len(shorter) :]
 
     @property
@@ -78,6 +78,10 @@ class Journal:
     def _updates(self, before: bool) -> tuple[UpdateRecord, ...]:
         manifest = self.before if before else self.after
         return manifest.updates if manifest else ()
+
+    def _histories(self) -> list[tuple[UpdateRecord, ...]]:
+        """The updates of both states, the fewer first."""
+        return sorted((self._updates(True), self._updates(False)), key=len)
 
     def _hashes(self, *, original: bool) -> dict[str, str]:
         found: dict[str, str] = {}

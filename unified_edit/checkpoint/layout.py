@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from unified_edit.algebra.update import safetensors_header
-from unified_edit.algebra.update import tensor_bytes as to_bytes  # noqa: F401
 from unified_edit.checkpoint import strict_json
 from unified_edit.checkpoint.files import open_regular, read_at, reported
 from unified_edit.errors import CheckpointError

@@ -28,7 +28,11 @@ from unified_edit.checkpoint.layout import (
     new_header,
 )
 from unified_edit.checkpoint.new_folder import new_folder
-from unified_edit.checkpoint.sharded import Checkpoint, quantization_scheme
+from unified_edit.checkpoint.sharded import (
+    EDITABLE_DTYPES,
+    Checkpoint,
+    quantization_scheme,
+)
 from unified_edit.errors import (
     CheckpointMismatch,
     NonFiniteError,
@@ -159,7 +163,7 @@ def _check_weights(checkpoint: Checkpoint, entries: Entries) -> list[str]:
         ):
             continue  # packed values have names, shapes and numbers of their own
         entry = checkpoint.resolve(address)
-        if entry.dtype in DTYPE_NAMES.values():
+        if entry.dtype in EDITABLE_DTYPES:
             check_shape(checkpoint, entry, update, address.transposed)
         else:
             notes.append(f"{entry.name}: is {entry.dtype}, its shape was not checked")
