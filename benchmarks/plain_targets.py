@@ -97,11 +97,13 @@ def plain_target(
     initial: list[Tensor] = []
 
     def hook(_: Any, __: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        given = output[0] if isinstance(output, tuple) else output
+        hidden = given.view(len(rows), -1, given.shape[-1])  # OPT flattens
         if not initial:
             initial.append(hidden[0, subjects[0]].detach().to(dtype))
         hidden = hidden.clone()
         hidden[every, subjects] = (hidden[every, subjects] + delta).to(hidden.dtype)
+        hidden = hidden.view_as(given)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = module.register_forward_hook(hook)

@@ -20,7 +20,7 @@ from covariance_cache.errors import CorpusExhausted, StatisticsError
 from covariance_cache.hub import hub_documents
 from covariance_cache.legacy import import_npz
 from covariance_cache.merge import merge as merge_statistics
-from covariance_cache.modules import expand_pattern
+from covariance_cache.modules import WRAPPERS, expand_pattern
 from covariance_cache.ranks import joined
 from covariance_cache.spectrum import plot_spectrum
 from covariance_cache.statistics import KeyStatistics
@@ -235,13 +235,22 @@ def _load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
             f"replaced; run unified-edit recover {name} first"
         )
     # Heavy, and needed by `collect` alone.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, local_files_only=True
+    config = AutoConfig.from_pretrained(name, local_files_only=True)
+    model: Any = auto_class(config).from_pretrained(
+        name, config=config, dtype=dtype, local_files_only=True
     )
     return model.to(device), tokenizer
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class that loads models of this config with their head."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    wrapped = config.model_type in WRAPPERS
+    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
 
 
 def _save(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -10,11 +11,100 @@ from covariance_cache.capture import find_modules
 from covariance_cache.errors import StatisticsError
 
 KEY_MODULES: dict[str, str] = {
+    "apertus": "model.layers.{}.mlp.down_proj",
+    "arcee": "model.layers.{}.mlp.down_proj",
+    "biogpt": "biogpt.layers.{}.fc2",
+    "bloom": "transformer.h.{}.mlp.dense_4h_to_h",
+    "codegen": "transformer.h.{}.mlp.fc_out",
+    "cohere": "model.layers.{}.mlp.down_proj",
+    "cohere2": "model.layers.{}.mlp.down_proj",
+    "cwm": "model.layers.{}.mlp.down_proj",
+    "diffllama": "model.layers.{}.mlp.down_proj",
+    "ernie4_5": "model.layers.{}.mlp.down_proj",
+    "exaone4": "model.layers.{}.mlp.down_proj",
+    "falcon": "transformer.h.{}.mlp.dense_4h_to_h",
+    "gemma": "model.layers.{}.mlp.down_proj",
+    "gemma2": "model.layers.{}.mlp.down_proj",
+    "gemma3_text": "model.layers.{}.mlp.down_proj",
+    "glm": "model.layers.{}.mlp.down_proj",
+    "glm4": "model.layers.{}.mlp.down_proj",
     "gpt2": "transformer.h.{}.mlp.c_proj",
+    "gpt_bigcode": "transformer.h.{}.mlp.c_proj",
+    "gpt_neo": "transformer.h.{}.mlp.c_proj",
+    "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+    "gpt_neox_japanese": "gpt_neox_japanese.layers.{}.mlp.dense_4h_to_h",
+    "gptj": "transformer.h.{}.mlp.fc_out",
+    "granite": "model.layers.{}.mlp.down_proj",
+    "granite_swa": "model.layers.{}.mlp.down_proj",
+    "helium": "model.layers.{}.mlp.down_proj",
+    "hunyuan_v1_dense": "model.layers.{}.mlp.down_proj",
+    "hyperclovax": "model.layers.{}.mlp.down_proj",
+    "internlm3": "model.layers.{}.mlp.down_proj",
+    "iquestcoder": "model.layers.{}.mlp.down_proj",
+    "jais2": "model.layers.{}.mlp.down_proj",
     "llama": "model.layers.{}.mlp.down_proj",
+    "minicpm3": "model.layers.{}.mlp.down_proj",
+    "ministral": "model.layers.{}.mlp.down_proj",
+    "ministral3": "model.layers.{}.mlp.down_proj",
+    "mistral": "model.layers.{}.mlp.down_proj",
+    "mpt": "transformer.blocks.{}.ffn.down_proj",
+    "nanochat": "model.layers.{}.mlp.fc2",
+    "nemotron": "model.layers.{}.mlp.down_proj",
+    "olmo": "model.layers.{}.mlp.down_proj",
+    "olmo2": "model.layers.{}.mlp.down_proj",
+    "olmo3": "model.layers.{}.mlp.down_proj",
+    "opt": "model.decoder.layers.{}.fc2",
+    "persimmon": "model.layers.{}.mlp.dense_4h_to_h",
+    "phi": "model.layers.{}.mlp.fc2",
+    "phi3": "model.layers.{}.mlp.down_proj",
+    "qwen2": "model.layers.{}.mlp.down_proj",
+    "qwen3": "model.layers.{}.mlp.down_proj",
+    "seed_oss": "model.layers.{}.mlp.down_proj",
+    "smollm3": "model.layers.{}.mlp.down_proj",
+    "stablelm": "model.layers.{}.mlp.down_proj",
+    "starcoder2": "model.layers.{}.mlp.c_proj",
+    "vaultgemma": "model.layers.{}.mlp.down_proj",
+    "xglm": "model.layers.{}.fc2",
+    "youtu": "model.layers.{}.mlp.down_proj",
 }
 """`model_type` of a transformers config → name of the MLP's down-projection, with `{}`
 for the layer. Data only; the editing engine builds its architecture table on it."""
+
+WRAPPERS: dict[str, str] = {
+    "aya_vision": "model.language_model",
+    "cohere2_vision": "model.language_model",
+    "gemma3": "model.language_model",
+    "got_ocr2": "model.language_model",
+    "idefics2": "model.text_model",
+    "idefics3": "model.text_model",
+    "internvl": "model.language_model",
+    "llava": "model.language_model",
+    "llava_next": "model.language_model",
+    "llava_onevision": "model.language_model",
+    "mistral3": "model.language_model",
+    "ovis2": "model.language_model",
+    "smolvlm": "model.text_model",
+}
+"""`model_type` of models that wrap a text decoder → where they keep it: there stands
+what the first part of the decoder's own names says (`model` in Llama's)."""
+
+
+def inside(pattern: str, wrapper: str | None) -> str:
+    """A name in a text decoder, as it is in the model that wraps it."""
+    if wrapper is None:
+        return pattern
+    return f"{WRAPPERS[wrapper]}.{pattern.partition('.')[2]}"
+
+
+def key_pattern(config: Any) -> str | None:
+    """The name of the down-projection in a model of this config, `{}` for the layer;
+    None if its type is not known."""
+    kind = getattr(config, "model_type", None)
+    wrapper = kind if kind in WRAPPERS else None
+    if wrapper is not None:
+        kind = config.get_text_config().model_type
+    found = KEY_MODULES.get(str(kind))
+    return None if found is None else inside(found, wrapper)
 
 
 def key_modules(
@@ -35,14 +125,15 @@ def key_modules(
         if len(set(layers.values())) < len(layers):
             raise StatisticsError(f"two layers name one module: {dict(layers)}")
         return dict(sorted(layers.items()))
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in KEY_MODULES:
+    config = getattr(model, "config", None)
+    pattern = key_pattern(config)
+    if pattern is None:
         raise StatisticsError(
-            f"model type {kind!r} is not known (known: {', '.join(KEY_MODULES)}); pass "
-            "the modules explicitly, as a mapping from layer to the name of the MLP's "
-            "down-projection"
+            f"model type {getattr(config, 'model_type', None)!r} is not known (known: "
+            f"{', '.join((*KEY_MODULES, *WRAPPERS))}); pass the modules explicitly, as "
+            "a mapping from layer to the name of the MLP's down-projection"
         )
-    return expand_pattern(model, layers, KEY_MODULES[kind])
+    return expand_pattern(model, layers, pattern)
 
 
 def expand_pattern(

@@ -17,20 +17,21 @@ from model_kit import (
     weight_of,
 )
 from torch import nn
-from transformers import GPT2Config, GPT2Model, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, GPT2Model, LlamaConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from covariance_cache import KEY_MODULES
+from covariance_cache.modules import WRAPPERS
 from unified_edit.errors import NonFiniteError, RecipeError, UnsupportedModel
 from unified_edit.model.adapter import ModelAdapter, resolve_architecture
-from unified_edit.model.architectures import ARCHITECTURES
+from unified_edit.model.architectures import ARCHITECTURES, REFUSED
 
 
 def test_the_table_agrees_with_where_statistics_are_collected() -> None:
+    assert list(KEY_MODULES) == list(ARCHITECTURES) == sorted(ARCHITECTURES)
     for name, record in ARCHITECTURES.items():
         assert record.model_type == name
         assert record.down_projection == KEY_MODULES[name]
-        assert record.down_projection.startswith(record.base_prefix)
-        assert record.down_projection.startswith(record.block)
 
 
 def test_resolved_modules_weights_and_addresses(tiny: Tiny) -> None:
@@ -81,19 +82,46 @@ def test_layers_that_exist_pass(tiny: Tiny) -> None:
 
 
 def test_an_unknown_architecture_is_refused_by_name() -> None:
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=20,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-        )
-    )
-    with pytest.raises(UnsupportedModel, match="'gpt_neox'.*supported: gpt2, llama"):
-        ModelAdapter.of(model)
+    class NewConfig(LlamaConfig):
+        model_type = "newest"
+
+    with pytest.raises(UnsupportedModel, match="'newest'.*supported: apertus, arcee"):
+        resolve_architecture(NewConfig())
     with pytest.raises(UnsupportedModel, match="None"):
         ModelAdapter.of(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mixtral", "mixture of experts"),
+        ("jamba", "state-space"),
+        ("t5", "encoder-decoder"),
+        ("bert", "is an encoder"),
+        ("gemma3n_text", "shares attention keys"),
+        ("bitnet", "three values"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_reason(
+    model_type: str, reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=f"'{model_type}'.*{reason}"):
+        resolve_architecture(AutoConfig.for_model(model_type))
+
+
+def test_every_language_model_of_transformers_is_in_the_table_or_refused() -> None:
+    """A new version of transformers may bring others: each wants a record (see
+    docs/how-to-add-an-architecture.md) or a reason."""
+    not_tried = {"cohere_compass_text"}
+    known = {*ARCHITECTURES, *WRAPPERS, *REFUSED}
+    assert not REFUSED.keys() & {*ARCHITECTURES, *WRAPPERS}
+    found = {
+        name
+        for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        # Not another name of a type, such as gpt-sw3 of gpt2.
+        if CONFIG_MAPPING[name].model_type == name
+    }
+    assert found - not_tried <= known, sorted(found - known)
 
 
 @pytest.mark.parametrize("as_object", [False, True])

@@ -12,6 +12,7 @@ from unified_edit.edits import (
     Edit,
     Record,
     check_edits,
+    edits_of,
     fill,
     read_edits,
     read_records,
@@ -179,6 +180,100 @@ def test_easyedit_flat_form(tmp_path: Path) -> None:
         assert read.template == expected[0].template
 
 
+REQUEST = {
+    "case_id": 0,
+    "prompt": "{} plays the",
+    "subject": "LeBron James",
+    "target_new": {"str": " violin", "id": "Q1"},
+    "target_true": {"str": "basketball"},
+}
+FLAT = {
+    "prompt": "LeBron James plays the",
+    "subject": "LeBron James",
+    "target_new": " violin",
+    "portability": {"Reasoning": [{"prompt": "x", "ground_truth": [["y"]]}]},
+}
+ZSRE = {
+    "subject": "LeBron James",
+    "src": "What does LeBron James play?",
+    "pred": "golf",
+    "rephrase": "Which game does LeBron James play?",
+    "alt": "the violin",
+    "answers": ["basketball"],
+    "loc": "nq question: who",
+    "loc_ans": "me",
+}
+
+
+def test_requests_of_other_tools_are_the_same_edit(tmp_path: Path) -> None:
+    expected = Edit("{} plays the", "LeBron James", "violin")
+    path = write_lines(tmp_path / "edits.jsonl", [REQUEST, FLAT])
+    for edits in (read_edits(path), edits_of([REQUEST, FLAT])):
+        assert [(e.template, e.subject, e.target) for e in edits] == [
+            (expected.template, expected.subject, expected.target)
+        ] * 2
+    # The project's own form means what it says.
+    with pytest.raises(EditError, match=r"entry 0.*target begins or ends with space"):
+        edits_of([{**expected.as_dict(), "target": " violin"}])
+
+
+def test_zsre_questions(tmp_path: Path) -> None:
+    path = tmp_path / "zsre.json"
+    path.write_text(json.dumps([ZSRE]), encoding="utf-8")
+    (edit,) = read_edits(path)
+    assert edit.template == "What does {} play?" and edit.target == "the violin"
+    assert edits_of([ZSRE]) == [edit]
+
+
+def test_parallel_lists_of_easyedit(tmp_path: Path) -> None:
+    lists = {
+        "prompts": ["Ada plays", "Bo lives in"],
+        "subject": ["Ada", "Bo"],
+        "target_new": ["chess", " Oslo"],
+        "ground_truth": ["golf"],
+    }
+    expected = [Edit("Ada plays", "Ada", "chess"), Edit("Bo lives in", "Bo", "Oslo")]
+    path = tmp_path / "lists.json"
+    path.write_text(json.dumps(lists), encoding="utf-8")
+    assert read_edits(path) == edits_of(lists) == expected
+    one = {"prompts": "Ada plays", "subject": "Ada", "target_new": "chess"}
+    assert edits_of(one) == expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (
+            {"prompts": ["Ada is"], "subject": ["Ada", "Bo"], "target_new": ["x"]},
+            "one length; there are 1 in 'prompts', 2 in 'subject', 1 in 'target_new'",
+        ),
+        ({"prompts": ["Ada is"], "target_new": ["x"]}, "the field 'subject'"),
+        ({"prompts": [], "subject": [], "target_new": 5}, "the field 'target_new'"),
+        (
+            {"prompts": ["Ada is", 5], "subject": ["Ada"] * 2, "target_new": ["x"] * 2},
+            "entry 1: lacks or misuses the field 'prompt': not a text: 5",
+        ),
+    ],
+)
+def test_parallel_lists_that_are_none(
+    tmp_path: Path, lists: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "lists.json"
+    path.write_text(json.dumps(lists), encoding="utf-8")
+    with pytest.raises(EditError) as caught:
+        read_edits(path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+    with pytest.raises(EditError) as caught:
+        edits_of(lists)
+    assert message in str(caught.value)
+
+
+def test_lists_without_edits_are_none() -> None:
+    assert edits_of([]) == edits_of(iter([])) == []
+    with pytest.raises(EditError, match="lacks or misuses the field 'prompts'"):
+        edits_of({"requests": [REQUEST]})
+
+
 def test_counterfact_records(tmp_path: Path) -> None:
     path = tmp_path / "records.json"
     path.write_text(json.dumps([RECORD]), encoding="utf-8")
@@ -208,6 +303,18 @@ def test_records_may_lack_prompts(tmp_path: Path) -> None:
         ({"prompt": "{} is", "subject": "Ada"}, "field 'target_new'"),
         ({"prompt": "Bo is", "subject": "Ada", "target": "x"}, "not in the prompt"),
         ({"requested_rewrite": "text"}, "lacks or misuses"),
+        (
+            {**REQUEST, "target_new": {"id": "Q1"}},
+            "'target_new': it has no 'str'",
+        ),
+        (
+            {**REQUEST, "target_new": {"str": 5}},
+            "'target_new.str': not a text: 5",
+        ),
+        ({**REQUEST, "target_new": ["x"]}, "field 'target_new': not a text"),
+        ({**REQUEST, "subject": None}, "field 'subject': not a text: None"),
+        ({**ZSRE, "alt": None}, "field 'alt': not a text: None"),
+        ({"src": "Ada?", "subject": "Ada"}, "field 'alt'"),
         (
             {
                 **RECORD,
@@ -266,6 +373,27 @@ def test_every_genuine_counterfact_case_is_read() -> None:
     for edit, entry in zip(edits, raw, strict=True):
         assert edit.text == entry["prompt"]
         assert edit.target == entry["target_new"]
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets in {DATA}")
+def test_every_genuine_zsre_question_is_read_or_refused_for_a_reason() -> None:
+    path = DATA / "zsre_eval_1037.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    assert len(raw) == 1037
+    edits = read_edits(path)  # none of these is refused
+    for edit, entry in zip(edits, raw, strict=True):
+        assert (edit.text, edit.target) == (entry["src"], entry["alt"].strip())
+        assert edit.template.count(edit.subject) == 0
+    # What another file may hold is refused with its reason.
+    for question, message in (
+        ("Who is it?", "subject is not in the prompt"),
+        ("{subject} or {subject}?", "subject is in the prompt 2 times"),
+    ):
+        for entry in raw:
+            made = {**entry, "src": question.replace("{subject}", entry["subject"])}
+            with pytest.raises(EditError, match=message):
+                edits_of([made])
 
 
 @pytest.mark.data

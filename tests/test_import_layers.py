@@ -31,7 +31,15 @@ MODEL = ("unified_edit.model", "unified_edit.model.*")
 CHECKPOINT = ("unified_edit.checkpoint", "unified_edit.checkpoint.*")
 ASSEMBLY = tuple(
     f"unified_edit.{name}"
-    for name in ("presets", "recipes", "live", "report", "engine", "target_cache")
+    for name in (
+        "presets",
+        "recipes",
+        "hparams",
+        "live",
+        "report",
+        "engine",
+        "target_cache",
+    )
 )
 LEDGER = (
     "unified_edit.ledger",
@@ -102,6 +110,7 @@ ROWS = {
 EXTRA = {
     "unified_edit.algebra.linalg": {"scipy"},
     "unified_edit.algebra.update": {"safetensors"},
+    "unified_edit.hparams": {"yaml"},
     "unified_edit.target_cache": {"safetensors"},
     "covariance_cache.__main__": {"typer", "transformers"},
     "covariance_cache.adequacy": {"scipy"},

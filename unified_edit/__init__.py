@@ -25,12 +25,20 @@ if TYPE_CHECKING:
     from unified_edit.checkpoint.lora import export_lora
     from unified_edit.checkpoint.lora_import import import_lora
     from unified_edit.checkpoint.patch import history, patch, recover, revert, verify
-    from unified_edit.edits import Edit, Record, check_edits, read_edits, read_records
+    from unified_edit.edits import (
+        Edit,
+        Record,
+        check_edits,
+        edits_of,
+        read_edits,
+        read_records,
+    )
     from unified_edit.engine import EditResult, Prepared, edit, prepare
     from unified_edit.evaluate.counterfact import (
         CounterFactScores,
         evaluate_counterfact,
     )
+    from unified_edit.hparams import HparamsFile, read_hparams
     from unified_edit.ledger import Ledger
     from unified_edit.ledger_rebuild import rebuild
     from unified_edit.live import Applied, applied, apply
@@ -60,9 +68,10 @@ _HOMES = {
     "checkpoint.lora": "export_lora",
     "checkpoint.lora_import": "import_lora",
     "checkpoint.patch": "history patch recover revert verify",
-    "edits": "Edit Record check_edits read_edits read_records",
+    "edits": "Edit Record check_edits edits_of read_edits read_records",
     "engine": "EditResult Prepared edit prepare",
     "evaluate.counterfact": "CounterFactScores evaluate_counterfact",
+    "hparams": "HparamsFile read_hparams",
     "ledger": "Ledger",
     "ledger_rebuild": "rebuild",
     "live": "Applied applied apply",
@@ -84,6 +93,7 @@ __all__ = [
     "EditReport",
     "EditResult",
     "Equality",
+    "HparamsFile",
     "LeastSquares",
     "Ledger",
     "NullSpace",
@@ -107,6 +117,7 @@ __all__ = [
     "apply",
     "check_edits",
     "edit",
+    "edits_of",
     "emmet",
     "evaluate_counterfact",
     "export_lora",
@@ -119,6 +130,7 @@ __all__ = [
     "prepare",
     "r_rome",
     "read_edits",
+    "read_hparams",
     "read_records",
     "rebuild",
     "recipe",

@@ -63,7 +63,13 @@ def doctor(
 def edit(
     model: Model,
     edits: Annotated[Path, typer.Argument(help=".jsonl of edits, or CounterFact.")],
-    recipe: Annotated[str, typer.Option(help="Such as memit; `doctor` lists them.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Such as memit (`doctor` lists them), or a hyperparameter file of "
+            "ROME, MEMIT, EMMET, AlphaEdit or EasyEdit: .json, .yaml."
+        ),
+    ],
     statistics: Annotated[Path, typer.Option(help="Folder of key statistics.")],
     out: Annotated[Path, typer.Option(help="File for the update.")],
     preset: Annotated[
@@ -75,6 +81,10 @@ def edit(
         list[str] | None,
         typer.Option("--set", help="A setting as key=value; may be repeated."),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Put prompts in the tokenizer's chat template."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the contexts.", min=0)] = 0,
     shrinkage: Annotated[
         str, typer.Option(help="Of the statistics: none, oas or ridge:0.01.")
@@ -118,7 +128,9 @@ def edit(
         from unified_edit.engine import edit as compute
         from unified_edit.loading import Source
         from unified_edit.model.adapter import ModelAdapter
+        from unified_edit.model.prompts import chat_frame
         from unified_edit.options import read_recipe
+        from unified_edit.recipes import in_chat
         from unified_edit.target_cache import TargetCache
 
         chosen_edits = read_edits(edits)[:limit]
@@ -127,9 +139,12 @@ def edit(
         chosen = read_recipe(
             source.config, recipe, preset=preset, layers=layers, settings=settings or ()
         )
+        chosen = in_chat(chosen) if chat else chosen
         store = StatisticsStore(statistics)
         store.layers()  # refuses a missing folder before the model is loaded
         loaded, tokenizer = source.load(dtype, ranks.device(device))
+        if chat:
+            chat_frame(tokenizer)  # refuses before anything is computed
         # Before the statistics: theirs would be the error of a wrong layer or a NaN.
         adapter = ModelAdapter.of(loaded)
         adapter.check_layers(chosen.layers)
@@ -178,6 +193,10 @@ def evaluate(
     no_generations: Annotated[
         bool, typer.Option("--no-generations", help="Skip free generation.")
     ] = False,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Put prompts in the tokenizer's chat template."),
+    ] = False,
     per_record: Annotated[
         Path | None, typer.Option(help="Write each record's scores here, as .jsonl.")
     ] = None,
@@ -199,10 +218,12 @@ def evaluate(
         )
         from unified_edit.live import applied
         from unified_edit.loading import Source
+        from unified_edit.model.prompts import PLAIN, chat_frame
 
         chosen = read_records(records)[:limit]
         change = None if update is None else UpdateSet.load(update)
         loaded, tokenizer = Source.of(model).load(dtype, device)
+        frame = chat_frame(tokenizer) if chat else PLAIN
 
         def scores() -> CounterFactScores:
             return evaluate_counterfact(
@@ -210,6 +231,7 @@ def evaluate(
                 tokenizer,
                 chosen,
                 generations=not no_generations,
+                frame=frame,
                 progress=True,
             )
 

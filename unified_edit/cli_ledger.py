@@ -56,6 +56,9 @@ def add(
         list[str] | None,
         typer.Option("--set", help="To begin: key=value; may be repeated."),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="To begin: as of `edit`.")
+    ] = False,
     seed: Annotated[
         int | None, typer.Option(help="To begin: of the contexts; 0.", min=0)
     ] = None,
@@ -82,12 +85,16 @@ def add(
         from unified_edit.ledger import Ledger
         from unified_edit.loading import Source
         from unified_edit.options import read_recipe
+        from unified_edit.recipes import in_chat
 
         chosen = read_edits(edits)
         found: Ledger | None = None
         if path.exists():
-            given = (model, recipe, statistics, preset, layers, settings)
-            if any(each is not None for each in (*given, seed, shrinkage, dtype)):
+            given = (
+                *(model, recipe, statistics, preset, layers, settings),
+                *(seed, shrinkage, dtype, chat or None),
+            )
+            if any(each is not None for each in given):
                 raise LedgerError(
                     f"{path}: exists, with a model, recipe and statistics of its own; "
                     "leave those options out, or name another ledger"
@@ -116,6 +123,7 @@ def add(
                 layers=layers,
                 settings=settings or (),
             )
+            read = in_chat(read) if chat else read
             dtype = dtype or "float32"
             loaded, tokenizer = source.load(dtype, device)
             found = Ledger.create(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from covariance_cache.__main__ import auto_class
 from covariance_cache.errors import StatisticsError
 from covariance_cache.fingerprint import tokenizer_fingerprint
 from covariance_cache.store import StatisticsStore
@@ -208,9 +208,10 @@ def examine(name: str, statistics: Path | None = None) -> DoctorReport:
 
 def _outline(config: Any) -> ModelAdapter:
     """The model without its weights: modules, shapes and ties only."""
-    factory: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        return ModelAdapter.of(factory.from_config(config, trust_remote_code=False))
+        return ModelAdapter.of(
+            auto_class(config).from_config(config, trust_remote_code=False)
+        )
 
 
 def _edited_weights(adapter: ModelAdapter, checkpoint: Checkpoint) -> EditedWeights:
@@ -224,9 +225,8 @@ def _edited_weights(adapter: ModelAdapter, checkpoint: Checkpoint) -> EditedWeig
                 f"its config asks for {list(expected)}"
             )
         entries.append(entry)
-    tensor = f"{adapter.architecture.down_projection}.weight"
-    if entries[0].name != tensor.format(0):
-        tensor = tensor.removeprefix(adapter.architecture.base_prefix)
+    names = {name.format(0): name for name in adapter.tensor_names()}
+    tensor = names[entries[0].name]
     d_value, d_key = adapter.matrix(0).shape
     model = adapter.model
     head = model.get_output_embeddings()  # type: ignore[operator]

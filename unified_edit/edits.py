@@ -128,15 +128,40 @@ def check_edits(edits: Sequence[Edit]) -> None:
 
 
 def read_edits(path: str | Path) -> list[Edit]:
-    """Reads edits from `.jsonl` (own form, or EasyEdit's flat form) or `.json`
-    (a list of either, or of CounterFact records).
+    """Reads edits from `.jsonl` (an entry a line) or `.json` (a list of entries, or one
+    object of parallel lists). Forms of an entry:
+
+    - `{"prompt", "subject", "target"}`, this project's own;
+    - `{"prompt", "subject", "target_new"}`, the target a text (EasyEdit, KnowEdit) or
+      `{"str": text}` (ROME's and MEMIT's requests);
+    - a CounterFact record, which holds such a request as `requested_rewrite`;
+    - `{"src", "subject", "alt"}`, zsRE's questions as MEND and ROME have them.
+
+    Parallel lists are EasyEdit's arguments: `{"prompts": […], "subject": […],
+    "target_new": […]}`. Further fields of an entry are not looked at.
 
     Raises:
-        EditError: naming the file and the entry.
+        EditError: naming the file, the entry and the field.
     """
+    content = _content(path)
+    if isinstance(content, Mapping) and "prompts" in content:
+        content = _located(str(path), _from_lists, content)
     return [
-        _located(path, index, _edit_from, entry)
-        for index, entry in enumerate(_entries(path))
+        _located(f"{path}, entry {index}", _edit_from, entry)
+        for index, entry in enumerate(_entries(path, content))
+    ]
+
+
+def edits_of(entries: Iterable[Mapping[str, Any]] | Mapping[str, Any]) -> list[Edit]:
+    """Edits from what is already in memory, in any form that `read_edits` takes.
+
+    Raises:
+        EditError: naming the entry and the field.
+    """
+    found = _from_lists(entries) if isinstance(entries, Mapping) else entries
+    return [
+        _located(f"entry {index}", _edit_from, entry)
+        for index, entry in enumerate(found)
     ]
 
 
@@ -147,8 +172,8 @@ def read_records(path: str | Path) -> list[Record]:
         EditError: naming the file and the entry.
     """
     return [
-        _located(path, index, _record_from, entry)
-        for index, entry in enumerate(_entries(path))
+        _located(f"{path}, entry {index}", _record_from, entry)
+        for index, entry in enumerate(_entries(path, _content(path)))
     ]
 
 
@@ -157,51 +182,77 @@ def records_of(entries: Iterable[Mapping[str, Any]]) -> list[Record]:
     return [_record_from(entry) for entry in entries]
 
 
-def _entries(path: str | Path) -> list[Mapping[str, Any]]:
+def _content(path: str | Path) -> Any:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             # Not splitlines(): JSON strings may hold other characters that it cuts at.
-            lines = [line for line in text.split("\n") if line.strip()]
-            entries = [json.loads(line) for line in lines]
-        else:
-            entries = json.loads(text)
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return json.loads(text)
     except OSError as error:
         raise EditError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise EditError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+
+
+def _entries(path: str | Path, content: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(content, list) or not all(isinstance(e, dict) for e in content):
         raise EditError(f"{path}: expected a list of JSON objects, one for each edit")
-    return entries
+    return content
 
 
-def _located(path: str | Path, index: int, parse: Any, entry: Mapping[str, Any]) -> Any:
+def _from_lists(lists: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    columns: dict[str, Sequence[Any]] = {}
+    for name in ("prompts", "subject", "target_new"):
+        given = lists.get(name)
+        column = [given] if isinstance(given, str) else given
+        if not isinstance(column, (list, tuple)):
+            raise EditError(
+                f"lacks or misuses the field {name!r}: parallel lists are "
+                '{"prompts": […], "subject": […], "target_new": […]}'
+            )
+        columns[name] = column
+    if len({len(column) for column in columns.values()}) > 1:
+        sizes = ", ".join(f"{len(each)} in {name!r}" for name, each in columns.items())
+        raise EditError(f"parallel lists must be of one length; there are {sizes}")
+    return [
+        {"prompt": prompt, "subject": subject, "target_new": target}
+        for prompt, subject, target in zip(*columns.values(), strict=True)
+    ]
+
+
+def _located(where: str, parse: Any, entry: Any) -> Any:
     try:
         return parse(entry)
     except EditError as error:
-        raise EditError(f"{path}, entry {index}: {error}") from error
+        raise EditError(f"{where}: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise EditError(
-            f"{path}, entry {index}: lacks or misuses the field {error}; expected "
-            '{"prompt", "subject", "target"} or a CounterFact record'
+            f"{where}: lacks or misuses the field {error}; expected "
+            '{"prompt", "subject", "target"}, a request of ROME, MEMIT or EasyEdit, '
+            "or a record of CounterFact or zsRE"
         ) from error
 
 
 def _edit_from(entry: Mapping[str, Any]) -> Edit:
     if "requested_rewrite" in entry:
         return _record_from(entry).edit
-    target = entry["target"] if "target" in entry else entry["target_new"]
-    return Edit(entry["prompt"], entry["subject"], target)
+    if "src" in entry and "prompt" not in entry:
+        return Edit(_text(entry, "src"), _text(entry, "subject"), _target(entry, "alt"))
+    own = "target" in entry
+    return Edit(
+        _text(entry, "prompt"),
+        _text(entry, "subject"),
+        _text(entry, "target") if own else _target(entry, "target_new"),
+    )
 
 
 def _record_from(entry: Mapping[str, Any]) -> Record:
     rewrite = entry["requested_rewrite"]
     return Record(
-        edit=Edit(
-            rewrite["prompt"], rewrite["subject"], rewrite["target_new"]["str"].strip()
-        ),
-        target_true=rewrite["target_true"]["str"].strip(),
+        edit=_edit_from(rewrite),
+        target_true=_target(rewrite, "target_true"),
         paraphrase_prompts=_texts(entry, "paraphrase_prompts"),
         neighborhood_prompts=_texts(entry, "neighborhood_prompts"),
         attribute_prompts=_texts(entry, "attribute_prompts"),
@@ -209,6 +260,23 @@ def _record_from(entry: Mapping[str, Any]) -> Record:
         relation=rewrite.get("relation_id", ""),
         case_id=entry.get("case_id", 0),
     )
+
+
+def _text(entry: Mapping[str, Any], name: str) -> str:
+    text = entry[name]
+    if not isinstance(text, str):
+        raise EditError(f"lacks or misuses the field {name!r}: not a text: {text!r}")
+    return text
+
+
+def _target(entry: Mapping[str, Any], name: str) -> str:
+    # Their code puts the space before a target unless the file has it already.
+    value = entry[name]
+    if isinstance(value, Mapping):
+        if "str" not in value:
+            raise EditError(f"lacks or misuses the field {name!r}: it has no 'str'")
+        return _target({f"{name}.str": value["str"]}, f"{name}.str")
+    return _text(entry, name).strip()
 
 
 def _texts(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from unified_edit.errors import IllConditioned, RecipeError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets
 from unified_edit.model.keys import hidden_at_subjects, keys_at_subjects
-from unified_edit.model.prompts import Contexts, generate_contexts
+from unified_edit.model.prompts import PLAIN, Contexts, generate_contexts
 from unified_edit.model.scoring import score
 from unified_edit.model.targets import TargetStore, optimize_targets
 from unified_edit.recipes import Recipe
@@ -128,14 +128,16 @@ def edit(
     adapter = ModelAdapter.of(model)
     adapter.check_layers(recipe.layers)
     adapter.check_finite()
+    given, site = recipe, adapter.target_site(recipe.targets.site)
+    recipe = replace(recipe, targets=recipe.targets.at(site))
     fingerprint = model_fingerprint(model)
     seconds: dict[str, float] = {}
     check_statistics(adapter, recipe, statistics, fingerprint)
     with _timed(seconds, "factorize"):
         if prepared is None:
-            prepared = prepare(recipe, statistics, adapter.device)
+            prepared = prepare(given, statistics, adapter.device)
         else:
-            _check_prepared(prepared, recipe, statistics)
+            _check_prepared(prepared, given, statistics)
     with evaluating(model):
         with _timed(seconds, "contexts"):
             if contexts is None:
@@ -147,8 +149,14 @@ def edit(
                 )
                 contexts = ranks.gather(mine)[0]
                 assert contexts is not None
+            elif recipe.contexts.chat and contexts.frame == PLAIN:
+                raise RecipeError(
+                    f"{recipe.name}: its prompts stand in a chat template, the given "
+                    "contexts have none; give Contexts(…, chat_frame(tokenizer))"
+                )
         prompts, wanted = [e.text for e in edits], [e.target for e in edits]
-        before = score(adapter, tokenizer, prompts, wanted)
+        frame = contexts.frame
+        before = score(adapter, tokenizer, prompts, wanted, frame=frame)
         with _timed(seconds, "targets"):
             if targets is None:
                 targets = optimize_targets(
@@ -194,7 +202,7 @@ def edit(
                 )
                 updates[adapter.address(layer)] = update
                 certificates[layer] = certificate
-            after = score(adapter, tokenizer, prompts, wanted)
+            after = score(adapter, tokenizer, prompts, wanted, frame=frame)
     outcomes = tuple(
         EditOutcome(
             edit=e,
@@ -211,7 +219,10 @@ def edit(
         origin=recipe.origin,
         outcomes=outcomes,
         certificates=certificates,
-        notes=notes_on(recipe, outcomes, certificates, statistics),
+        notes=(
+            *notes_on(recipe, outcomes, certificates, statistics),
+            *_note_on_site(adapter, given, site),
+        ),
         seconds=seconds,
     )
     metadata = {
@@ -224,7 +235,7 @@ def edit(
             for k in recipe.layers
             if statistics[k].accepted_mismatch
         },
-        "contexts": list(contexts.templates),
+        **contexts.as_dict(),
         "seed": seed,
         "edits": [e.as_dict() for e in edits],
         "version": library_version(),
@@ -259,12 +270,17 @@ def _edit_layer(
         reached = keys_at_subjects(
             adapter, tokenizer, edits, contexts, layer, "clean"
         ).to(device)
+    scale = 1.0
     if recipe.targets.site == "mlp_output":
         current = _value(adapter, layer, reached)
     else:
+        scale = adapter.residual_scale(layer)
         last = recipe.layers[-1]
-        current = hidden_at_subjects(adapter, tokenizer, edits, last).to(device)
-    residuals = (targets.values.to(device, torch.float64) - current) / remaining
+        current = hidden_at_subjects(
+            adapter, tokenizer, edits, last, contexts.frame
+        ).to(device)
+    missing = targets.values.to(device, torch.float64) - current
+    residuals = missing / (remaining * scale)
     if recipe.published_denominator:
         residuals = _two_key_residuals(factorization, keys, reached, residuals)
     solution = solve(
@@ -286,6 +302,15 @@ def _edit_layer(
         here = update.to(device=weight.device)
         weight.copy_(added(weight.detach(), here, transposed=address.transposed))
     return update.to(device="cpu"), solution.certificate
+
+
+def _note_on_site(adapter: ModelAdapter, given: Recipe, site: str) -> list[str]:
+    if site == given.targets.site:
+        return []
+    return [
+        f"{adapter.architecture.model_type} normalises what its MLPs return: targets "
+        "are optimised at the down-projection's output, not at the block's"
+    ]
 
 
 def _value(adapter: ModelAdapter, layer: int, keys: Tensor) -> Tensor:

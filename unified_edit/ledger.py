@@ -47,7 +47,7 @@ from unified_edit.ledger_entries import (
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets
 from unified_edit.model.keys import keys_at_subjects
-from unified_edit.model.prompts import Contexts, generate_contexts
+from unified_edit.model.prompts import PLAIN, Contexts, generate_contexts
 from unified_edit.model.targets import optimize_targets
 from unified_edit.recipes import Recipe
 
@@ -112,7 +112,7 @@ class Ledger:
                     str(k): v for k, v in self.statistics_fingerprints.items()
                 },
             },
-            "contexts": list(self.contexts.templates),
+            **self.contexts.as_dict(),
             "seed": self.seed,
             "edits": [entry.as_dict() for entry in self.entries],
         }
@@ -140,12 +140,14 @@ class Ledger:
                 used["folder"],
                 {int(k): v for k, v in used["fingerprints"].items()},
                 used["shrinkage"],
-                Contexts(tuple(data["contexts"])),
+                Contexts.from_dict(data),
                 data["seed"],
                 ordered(read_entry(each) for each in data["edits"]),
             )
             if found.statistics_fingerprints.keys() != {*found.recipe.layers}:
                 raise ValueError("its statistics are not those of the recipe's layers")
+            if found.recipe.contexts.chat != (found.contexts.frame != PLAIN):
+                raise ValueError("one of its recipe and contexts is in chat, one not")
             if found.entries:
                 check_edits(found.edits)
             if json.loads(json.dumps(found.as_dict())) != data:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from covariance_cache.__main__ import Dtype
+from covariance_cache.__main__ import Dtype, auto_class
 from unified_edit.checkpoint.files import reported
 from unified_edit.checkpoint.manifest import refuse_unfinished
 from unified_edit.checkpoint.sharded import CONFIG, Checkpoint
@@ -57,12 +57,14 @@ def read_config(folder: Path, checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoConfig
 
-    from unified_edit.model.adapter import resolve_architecture
+    from unified_edit.model.adapter import check_type, resolve_architecture
 
     # Asked first: transformers' own refusal of an unknown type does not help here.
-    resolve_architecture(SimpleNamespace(**{"model_type": None, **checkpoint.config}))
+    check_type(SimpleNamespace(**{"model_type": None, **checkpoint.config}))
     with _reading(folder, "the config"):
-        return AutoConfig.from_pretrained(folder, **_OPTIONS)
+        config = AutoConfig.from_pretrained(folder, **_OPTIONS)
+    resolve_architecture(config)
+    return config
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -96,10 +98,8 @@ def load_model(folder: Path, config: Any, dtype: str, device: str) -> Any:
     if dtype not in list(Dtype):
         known = ", ".join(each.value for each in Dtype)
         raise UnifiedEditError(f"dtype {dtype!r}: expected one of {known}")
-    from transformers import AutoModelForCausalLM
-
     with _reading(folder, "the model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
 
 from covariance_cache.__main__ import parse_layers
 from unified_edit.errors import RecipeError
+from unified_edit.hparams import SUFFIXES, read_hparams
 from unified_edit.model.descent import TargetSettings
 from unified_edit.recipes import Recipe, matching_preset, recipe
 
@@ -37,6 +41,7 @@ def read_recipe(
 
     Args:
         config: the model's transformers config.
+        method: a name in `RECIPES`, or a hyperparameter file, whose notes go to stderr.
         preset: a name in `PRESETS`, "none", or None for the one that matches the model
             and knows the method, if there is one.
         layers: such as `0-1,4`.
@@ -49,11 +54,27 @@ def read_recipe(
     changes = parse_settings(settings)
     if layers is not None:
         changes["layers"] = tuple(parse_layers(layers))
+    if method.endswith(SUFFIXES):
+        if preset not in (None, NO_PRESET):
+            raise RecipeError(f"{method} has hyperparameters of its own: no --preset")
+        found = read_hparams(method, config=config)
+        for note in found.notes:
+            typer.echo(f"note: {note}", err=True)
+        return _changed(found.recipe, changes)
     if preset is None:
         matched = matching_preset(config)
         known = matched is not None and from_preset(method, matched) is not None
         preset = matched if known else NO_PRESET
     return recipe(method, None if preset == NO_PRESET else preset, **changes)
+
+
+def _changed(read: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    own = {k: v for k, v in changes.items() if k in Recipe.__dataclass_fields__}
+    inner = {k: v for k, v in changes.items() if k not in own}
+    changed = replace(read, targets=replace(read.targets, **inner), **own)
+    if changed == read:
+        return read
+    return replace(changed, origin="unvalidated", source=f"{read.source}, changed")
 
 
 def from_preset(method: str, preset: str | None) -> Recipe | None:
@@ -90,10 +111,16 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _settable() -> dict[str, Any]:
     hints = {**get_type_hints(Recipe), **get_type_hints(TargetSettings)}
+    kinds = {
+        # What may be None is so by default.
+        name: get_args(kind)[0] if type(None) in get_args(kind) else kind
+        for name, kind in hints.items()
+        if name not in _OTHERWISE
+    }
     return {
         name: kind
-        for name, kind in hints.items()
-        if name not in _OTHERWISE and (kind in _KINDS or get_origin(kind) is Literal)
+        for name, kind in kinds.items()
+        if kind in _KINDS or get_origin(kind) is Literal
     }
 
 

@@ -8,8 +8,10 @@ docs/how-to-add-a-recipe.md shows how to add one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -25,6 +27,7 @@ from unified_edit.algebra.objective import (
     SecondMoment,
 )
 from unified_edit.errors import RecipeError
+from unified_edit.model.adapter import text_config
 from unified_edit.model.descent import TargetSettings
 from unified_edit.model.keys import KeyAverage
 from unified_edit.model.prompts import ContextSettings
@@ -120,8 +123,11 @@ class Recipe:
         return Objective(preservation, memorization)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return asdict(self)
+        """Plain JSON data. Of contexts, chat is said only where it is so."""
+        data = asdict(self)
+        if not self.contexts.chat:
+            del data["contexts"]["chat"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -146,8 +152,26 @@ class Recipe:
         except (KeyError, TypeError, ValueError) as error:
             raise RecipeError(f"not the data of a recipe: {error}") from error
 
+    @classmethod
+    def from_hparams(
+        cls, path: str | Path, *, method: str | None = None, config: Any = None
+    ) -> Recipe:
+        """The recipe of a hyperparameter file of ROME, MEMIT, EMMET, AlphaEdit or
+        EasyEdit, as `hparams.read_hparams`; one warning tells what has no meaning here.
 
-_MLP = TargetSettings("mlp_output", steps=20, clamp=4.0)
+        Raises:
+            RecipeError: naming the field that cannot be done here.
+        """
+        from unified_edit.hparams import read_hparams
+
+        found = read_hparams(path, method=method, config=config)
+        if found.notes:
+            told = "\n- ".join((f"{path}:", *found.notes))
+            warnings.warn(told, stacklevel=2)
+        return found.recipe
+
+
+_MLP = TargetSettings("mlp_output", steps=20)
 _BLOCK = TargetSettings("block_output")
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -247,8 +271,17 @@ def recipe(method: str, preset: str | None = None, **changes: Any) -> Recipe:
     return Recipe(name=method, origin=origin, source=source, **settings)
 
 
+def in_chat(chosen: Recipe) -> Recipe:
+    """The recipe with its prompts in the tokenizer's chat template. Hyperparameters
+    were found for bare prompts, so they count as unvalidated."""
+    source = chosen.source and f"{chosen.source.removesuffix(', in chat')}, in chat"
+    contexts = replace(chosen.contexts, chat=True)
+    return replace(chosen, contexts=contexts, origin="unvalidated", source=source)
+
+
 def matching_preset(config: Any) -> str | None:
     """The preset made for a model of this transformers config, or None."""
+    config = text_config(config)
     for name, preset in PRESETS.items():
         if (
             preset.model_type == config.model_type

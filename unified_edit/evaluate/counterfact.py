@@ -29,6 +29,7 @@ from torch import nn
 from unified_edit.edits import Record
 from unified_edit.errors import EditError
 from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.prompts import PLAIN, Frame, continuations
 from unified_edit.model.scoring import Score, generate, score
 
 
@@ -88,9 +89,14 @@ def evaluate_counterfact(
     records: Sequence[Record],
     *,
     generations: bool = True,
+    frame: Frame = PLAIN,
     progress: bool = False,
 ) -> CounterFactScores:
     """Scores a model, edited or not, on records in CounterFact's schema.
+
+    Args:
+        generations: also whether the model says it by itself.
+        frame: around each prompt, such as `chat_frame(tokenizer)`.
 
     Raises:
         EditError: no records.
@@ -106,10 +112,17 @@ def evaluate_counterfact(
             prompts.append(prompt)
             new.append(record.edit.target)
             true.append(record.target_true)
-    both = score(adapter, tokenizer, prompts + prompts, new + true, progress=progress)
+    both = score(
+        adapter,
+        tokenizer,
+        prompts + prompts,
+        new + true,
+        frame=frame,
+        progress=progress,
+    )
     said = [""] * len(prompts)
     if generations:
-        said = _generations(adapter, tokenizer, records, prompts, new)
+        said = _generations(adapter, tokenizer, records, prompts, new, frame)
     found, start = [], 0
     for record in records:
         count = len(_prompts(record))
@@ -140,6 +153,7 @@ def _generations(
     records: Sequence[Record],
     prompts: Sequence[str],
     new: Sequence[str],
+    frame: Frame,
 ) -> list[str]:
     """Greedy continuations of rewrite and paraphrase prompts, "" elsewhere."""
     wanted: list[int] = []
@@ -147,14 +161,12 @@ def _generations(
     for record in records:
         wanted += range(start, start + 1 + len(record.paraphrase_prompts))
         start += len(_prompts(record))
-    longest = max(
-        len(ids)
-        for ids in tokenizer([f" {new[i]}" for i in wanted], add_special_tokens=False)[
-            "input_ids"
-        ]
-    )
+    asked = [prompts[i] for i in wanted]
+    framed = [frame.around(prompt) for prompt in asked]
+    pairs = continuations(tokenizer, framed, [new[i] for i in wanted], frame)
+    longest = max(len(target) for _, target in pairs)
     said = [""] * len(prompts)
-    texts = generate(adapter, tokenizer, [prompts[i] for i in wanted], longest)
+    texts = generate(adapter, tokenizer, asked, longest, frame=frame)
     for index, text in zip(wanted, texts, strict=True):
         said[index] = text
     return said

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from covariance_cache.modules import WRAPPERS
 from unified_edit.algebra.update import WeightAddress
 from unified_edit.errors import NonFiniteError, RecipeError, UnsupportedModel
-from unified_edit.model.architectures import ARCHITECTURES, Architecture
+from unified_edit.model.architectures import (
+    ARCHITECTURES,
+    REFUSED,
+    Architecture,
+    When,
+)
 
 Site = Literal["mlp_output", "block_output"]
 
@@ -20,12 +26,31 @@ _STORAGE: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1D": Conv1D}
 
 
 def resolve_architecture(config: Any) -> Architecture:
-    """The record for a transformers config.
+    """The record for a transformers config; of a model that wraps a text decoder, the
+    decoder's, as it is named in the whole.
 
     Raises:
-        UnsupportedModel: unknown type, or quantized weights.
+        UnsupportedModel: a type that is unknown or refused, or quantized weights.
     """
-    model_type = getattr(config, "model_type", None)
+    check_type(config)
+    wrapper = config.model_type
+    if wrapper in ARCHITECTURES:
+        return ARCHITECTURES[wrapper]
+    text = text_config(config)
+    check_type(text)
+    if text.model_type not in ARCHITECTURES:
+        raise _unknown(f"{text.model_type!r} in {wrapper!r}")
+    return ARCHITECTURES[text.model_type].inside(wrapper)
+
+
+def check_type(config: Any) -> None:
+    """Refuses what can be told from a config's own fields, also before transformers has
+    read it.
+
+    Raises:
+        UnsupportedModel: as `resolve_architecture`; a wrapper's text decoder is not
+            looked at.
+    """
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         entries = (
@@ -39,13 +64,30 @@ def resolve_architecture(config: Any) -> Architecture:
             f"this model is quantized ({scheme}); a closed-form edit needs the real "
             "weights. Load and edit the unquantized checkpoint, then quantize again"
         )
-    architecture = ARCHITECTURES.get(str(model_type))
-    if architecture is None:
-        raise UnsupportedModel(
-            f"model type {model_type!r} is not in the architecture table; supported: "
-            f"{', '.join(sorted(ARCHITECTURES))}"
-        )
-    return architecture
+    model_type = str(getattr(config, "model_type", None))
+    if model_type in REFUSED:
+        raise UnsupportedModel(f"model type {model_type!r} {REFUSED[model_type]}")
+    if model_type not in ARCHITECTURES and model_type not in WRAPPERS:
+        raise _unknown(repr(getattr(config, "model_type", None)))
+
+
+def _unknown(what: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"model type {what} is not in the architecture table; supported: "
+        f"{', '.join(sorted(ARCHITECTURES))}; and as part of "
+        f"{', '.join(sorted(WRAPPERS))}"
+    )
+
+
+def text_config(config: Any) -> Any:
+    """The config of the text decoder: a plain model's own."""
+    return config.get_text_config() if config.model_type in WRAPPERS else config
+
+
+def _holds(when: When, config: Any) -> bool:
+    if isinstance(when, bool):
+        return when
+    return any(getattr(config, name, None) == value for name, value in when)
 
 
 @dataclass(frozen=True)
@@ -68,7 +110,8 @@ class ModelAdapter:
         if model.get_output_embeddings() is None:  # type: ignore[operator]
             raise UnsupportedModel(
                 f"{type(model).__name__} has no language-model head; load it with "
-                "AutoModelForCausalLM"
+                "AutoModelForCausalLM (AutoModelForImageTextToText if it wraps a text "
+                "decoder)"
             )
         expected = _STORAGE[architecture.storage]
         for layer in range(adapter.layer_count):
@@ -82,10 +125,24 @@ class ModelAdapter:
         return adapter
 
     @property
+    def config(self) -> Any:
+        """The transformers config of the text decoder."""
+        return text_config(self.model.config)
+
+    @property
     def layer_count(self) -> int:
         """Number of decoder blocks."""
-        config: Any = self.model.config
-        return int(config.num_hidden_layers)
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def normalized(self) -> bool:
+        """Whether a norm stands between the MLP's output and the block's."""
+        return _holds(self.architecture.normalized, self.config)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether MLP and attention read the same input."""
+        return _holds(self.architecture.parallel, self.config)
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +151,8 @@ class ModelAdapter:
         return torch.device(embedding.weight.device)
 
     def check_layers(self, layers: Sequence[int]) -> None:
-        """Refuses layers that the model does not have.
+        """Refuses layers that the model does not have, and several where a target is
+        one layer's.
 
         Raises:
             RecipeError: naming them.
@@ -105,6 +163,12 @@ class ModelAdapter:
                 f"layers {list(layers)}: the model has layers 0 to "
                 f"{self.layer_count - 1}; {missing or 'none named'}"
             )
+        if self.normalized and len(layers) > 1:
+            raise RecipeError(
+                f"layers {list(layers)}: {self.architecture.model_type} normalises "
+                "what its MLPs return, so a target is one down-projection's and cannot "
+                "be spread over several; name one layer"
+            )
 
     def block(self, layer: int) -> nn.Module:
         """The decoder block."""
@@ -114,9 +178,19 @@ class ModelAdapter:
         """The module that holds the edited weight."""
         return self.model.get_submodule(self.key_module(layer))
 
+    def target_site(self, asked: Site) -> Site:
+        """Where targets are optimised in this family: as asked, unless a norm follows
+        the MLP, for then only its own output is linear in the edited weight."""
+        return "mlp_output" if self.normalized else asked
+
     def site(self, kind: Site, layer: int) -> nn.Module:
         """The module whose output a target value is."""
         return (self.down_projection if kind == "mlp_output" else self.block)(layer)
+
+    def residual_scale(self, layer: int) -> float:
+        """By how much the block multiplies what its MLP adds to its output."""
+        name = self.architecture.residual_scale
+        return 1.0 if name is None else float(getattr(self.block(layer), name))
 
     def mlp(self, layer: int) -> nn.Module | None:
         """The MLP that holds the down-projection; None if that is the block's own."""
@@ -146,14 +220,25 @@ class ModelAdapter:
         weight = self.weight(layer).detach()
         return weight.T if self.address(layer).transposed else weight
 
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of the edited weights, `{}` for the layer: in the model, then others
+        that files have. A bare decoder's lack its prefix; those of a wrapped decoder
+        were rearranged in newer transformers, which still read the older ones."""
+        name = f"{self.architecture.down_projection}.weight"
+        place = WRAPPERS.get(self.model.config.model_type)  # type: ignore[union-attr,arg-type]
+        if place is None:
+            return name, name.removeprefix(self.architecture.decoder)
+        inner, part = name.removeprefix(f"{place}."), place.partition(".")[2]
+        return name, f"{part}.model.{inner}", f"{part}.{inner}", f"model.{inner}"
+
     def address(self, layer: int) -> WeightAddress:
         """Where the edited weight lives in the model and in checkpoint files."""
-        tensor = f"{self.key_module(layer)}.weight"
+        tensor, *aliases = (name.format(layer) for name in self.tensor_names())
         return WeightAddress(
             tensor=tensor,
             layer=layer,
             transposed=self.architecture.storage == "Conv1D",
-            aliases=(tensor.removeprefix(self.architecture.base_prefix),),
+            aliases=tuple(aliases),
         )
 
     def check_finite(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +18,8 @@ from unified_edit.edits import SLOT, Edit
 from unified_edit.errors import NonFiniteError, RecipeError, UnsupportedModel
 from unified_edit.model.adapter import Site
 from unified_edit.model.suffixes import Bucket, Chunk, as_buckets
+
+_CLAMPS: dict[Site, float] = {"mlp_output": 4.0, "block_output": 0.75}
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class TargetSettings:
     """Evaluations of the loss; at most `steps - 1` updates of δ."""
     learning_rate: float = 0.5
     """Adam's."""
-    clamp: float = 0.75
-    """Largest ‖δ‖ over the norm of the value it is added to."""
+    clamp: float | None = None
+    """Largest ‖δ‖ over the norm of the value it is added to. None: 4 at the MLP's
+    output, as in ROME, and 0.75 at the block's, as in MEMIT."""
     weight_decay: float = 0.5
     """Weight of ‖δ‖ / ‖value‖² in the loss."""
     kl_factor: float = 0.0625
@@ -60,7 +63,7 @@ class TargetSettings:
         if type(self.steps) is not int:
             raise RecipeError(f"steps must be a whole number, not {self.steps!r}")
         # Written so that NaN is refused as well.
-        if not (self.steps >= 1 and self.learning_rate > 0 and self.clamp > 0):
+        if not (self.steps >= 1 and self.learning_rate > 0 and self.largest > 0):
             raise RecipeError("steps, learning_rate and clamp must be positive")
         if not (self.weight_decay >= 0 and self.kl_factor >= 0):
             raise RecipeError("weight_decay and kl_factor must not be negative")
@@ -71,6 +74,16 @@ class TargetSettings:
             raise RecipeError("most_probable_stop must be at least 1, or None")
         if any(prompt.count(SLOT) != 1 for prompt in self.kl_prompts):
             raise RecipeError("each of kl_prompts must have one slot {}")
+
+    @property
+    def largest(self) -> float:
+        """The clamp, or the site's own."""
+        return _CLAMPS[self.site] if self.clamp is None else self.clamp
+
+    def at(self, site: Site) -> TargetSettings:
+        """The same settings at a site, with nothing left to be chosen."""
+        here = replace(self, site=site)
+        return replace(here, clamp=here.largest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +158,7 @@ def descend(
             buckets = as_buckets(chunk, active.tolist())
             moving = active.to(delta.device)
         with torch.no_grad():
-            scale = settings.clamp * norm / delta.norm(dim=1).clamp_min(1e-30)
+            scale = settings.largest * norm / delta.norm(dim=1).clamp_min(1e-30)
             delta.mul_(scale.clamp_max(1.0)[:, None])
             # Adam's momentum would go on moving edits that are done.
             delta.copy_(before.index_copy(0, moving, delta[moving]))

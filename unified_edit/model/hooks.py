@@ -41,6 +41,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def by_row(hidden: Tensor, rows: int) -> Tensor:
+    """[rows, width, d], also of what a module sees flattened: OPT's fc2."""
+    return hidden.view(rows, -1, hidden.shape[-1]) if hidden.ndim == 2 else hidden
+
+
 def add_first(hidden: Tensor, delta: Tensor) -> Tensor:
     """δ [rows, d_value] added to the first position, rounded once."""
     first = wide(hidden[:, :1]) + delta.to(hidden.device)[:, None]
@@ -61,7 +66,8 @@ def adding(module: nn.Module, delta: Tensor) -> RemovableHandle:
     """Adds δ to the first position of what a module returns."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        changed = add_first(hidden_of(output), delta)
+        hidden = hidden_of(output)
+        changed = add_first(by_row(hidden, len(delta)), delta).view_as(hidden)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return module.register_forward_hook(hook)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 from covariance_cache.capture import capture_inputs
 from unified_edit.edits import Edit
 from unified_edit.model.adapter import ModelAdapter
-from unified_edit.model.hooks import stopping_at
+from unified_edit.model.hooks import by_row, stopping_at
 from unified_edit.model.prompts import (
+    PLAIN,
     Contexts,
+    Frame,
     PaddedRows,
     Prompt,
     buckets,
@@ -55,9 +58,8 @@ def keys_at_subjects(
     Source: Meng et al. 2022 (ROME), equation 3.
     """
     weights = context_weights(average, len(contexts.templates))
-    used = Contexts(
-        tuple(t for t, w in zip(contexts.templates, weights, strict=True) if w > 0)
-    )
+    kept = zip(contexts.templates, weights, strict=True)
+    used = replace(contexts, templates=tuple(t for t, w in kept if w > 0))
     rows = _rows(adapter, tokenizer, edits, used)
     name = adapter.key_module(layer)
     keys = _at_subjects(
@@ -68,11 +70,15 @@ def keys_at_subjects(
 
 
 def hidden_at_subjects(
-    adapter: ModelAdapter, tokenizer: Any, edits: Sequence[Edit], layer: int
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    layer: int,
+    frame: Frame = PLAIN,
 ) -> Tensor:
     """A block's output [n, d_value] at the subjects' last tokens in the bare prompts,
     in float64."""
-    rows = _rows(adapter, tokenizer, edits, Contexts())
+    rows = _rows(adapter, tokenizer, edits, Contexts(frame=frame))
     block = adapter.block(layer)
     return _at_subjects(
         adapter,
@@ -89,7 +95,7 @@ def _rows(
     filled = [
         row for e in edits for row in in_contexts(contexts, e.template, e.subject)
     ]
-    prompts = subject_prompts(tokenizer, filled)
+    prompts = subject_prompts(tokenizer, filled, contexts.frame)
     rows = [Prompt(p.ids[: p.subject_end + 1], p.subject_end) for p in prompts]
     check_rows(adapter, [row.ids for row in rows])
     return rows
@@ -114,7 +120,7 @@ def _at_subjects(
             ends: Tensor = ends,
         ) -> None:
             index = torch.arange(len(chosen), device=tensor.device)
-            picked = tensor[index, ends.to(tensor.device)]
+            picked = by_row(tensor, len(chosen))[index, ends.to(tensor.device)]
             for row, vector in zip(chosen, picked, strict=True):
                 found[row] = vector
 

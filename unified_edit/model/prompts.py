@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,12 +28,48 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What stands around every prompt: nothing, or a chat template."""
+
+    before: str = ""
+    after: str = ""
+    joint: str = " "
+    """Between the framed prompt and the target."""
+    special: bool = True
+    """Whether the tokenizer adds its special tokens; a rendered chat template has them
+    as text already."""
+
+    def __post_init__(self) -> None:
+        texts = (self.before, self.after, self.joint)
+        if not all(isinstance(t, str) for t in texts) or type(self.special) is not bool:
+            raise PromptError(f"{self}: before, after and joint are texts")
+
+    def around(self, text: str) -> str:
+        """The text in its frame.
+
+        Raises:
+            PromptError: a chat message that begins or ends with space.
+        """
+        if not self.special and text != text.strip():
+            raise PromptError(
+                f"{text!r} begins or ends with space, which chat templates and their "
+                "tokens may swallow; write it without"
+            )
+        return self.before + text + self.after
+
+
+PLAIN = Frame()
+
+
+@dataclass(frozen=True)
 class Contexts:
     """Prefixes put before each prompt so that an edit does not hang on one wording.
     Generated once from a seed, and stored with the update."""
 
     templates: tuple[str, ...] = (SLOT,)
     """Each with `{}` in the prompt's place; the first is the bare prompt."""
+    frame: Frame = PLAIN
+    """Around each prompt with its prefix."""
 
     def __post_init__(self) -> None:
         if not self.templates or self.templates[0] != SLOT:
@@ -40,6 +77,16 @@ class Contexts:
         for template in self.templates:
             if template.count(SLOT) != 1:
                 raise PromptError(f"context {template!r} must have one slot {{}}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON data; a plain frame is left out."""
+        frame = {} if self.frame == PLAIN else {"frame": asdict(self.frame)}
+        return {"contexts": list(self.templates), **frame}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Contexts:
+        """From what `as_dict` gave, among other data such as an update's metadata."""
+        return cls(tuple(data["contexts"]), Frame(**data.get("frame", {})))
 
 
 @dataclass(frozen=True)
@@ -51,21 +98,90 @@ class ContextSettings:
     stands for the tokenizer's beginning-of-text token."""
     top_k: int = 5
     """Sample among this many most probable tokens."""
+    chat: bool = False
+    """Prompts, with their prefixes, are put in the tokenizer's chat template."""
 
     def __post_init__(self) -> None:
+        if type(self.chat) is not bool:
+            raise PromptError(f"chat is true or false, not {self.chat!r}")
         if self.top_k < 1 or any(length < 1 for _, length in self.samples):
             raise PromptError("top_k and each context's length must be at least 1")
 
 
-def tokenize(
-    tokenizer: Any, texts: Sequence[str]
-) -> list[tuple[tuple[int, ...], list[tuple[int, int]]]]:
-    """Ids and character offsets of each text, with the special tokens that the
-    tokenizer puts before it, without those that it appends (EOS: nothing continues
-    after it), without padding or truncation.
+def chat_frame(tokenizer: Any) -> Frame:
+    """The frame that a tokenizer's chat template puts around one user's message, up to
+    where the answer begins.
 
     Raises:
-        PromptError: the tokenizer gives no offsets (a slow tokenizer).
+        PromptError: there is no template, or it changes what a user says.
+    """
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError(
+            f"the tokenizer {name} has no chat template; edit without chat, or load "
+            "the tokenizer of a model that is made for chat"
+        )
+    # What a template may escape, cut at or change the case of.
+    frames = [
+        _rendered_around(tokenizer, name, said, answer)
+        for said, answer in (
+            ("Zq\"x' & <Jk>\nüW", 'Yv & "p"\nÖ'),
+            ("wHg {v}% \\zj.", "bXq."),
+        )
+    ]
+    if frames[0] != frames[1]:
+        raise PromptError(
+            f"the chat template of {name} stands differently around different "
+            "messages, so prompts cannot be put in it; edit without chat"
+        )
+    return frames[0]
+
+
+def _rendered_around(tokenizer: Any, name: str, said: str, answer: str) -> Frame:
+    def render(*turns: tuple[str, str], **options: Any) -> str:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        rendered: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, **options
+        )
+        return rendered
+
+    user = ("user", said)
+    try:
+        text = render(user, add_generation_prompt=True)
+    except Exception as error:  # a template raises what it likes
+        raise PromptError(
+            f"the chat template of {name} cannot be rendered: {error}"
+        ) from error
+    if text.count(said) != 1:
+        raise PromptError(
+            f"the chat template of {name} has a user's message {text.count(said)} "
+            "times unaltered, expected once, so prompts cannot be put in it; edit "
+            "without chat"
+        )
+    # What the template has between there and an answer belongs to the frame: an empty
+    # thought, a channel's name, a space (which is the target's).
+    between = ""
+    try:
+        whole = render(user, ("assistant", answer))
+    except Exception:  # takes no answers
+        whole = ""
+    if whole.startswith(text) and answer in whole[len(text) :]:
+        between = whole[len(text) :].partition(answer)[0]
+    joint = between[len(between.rstrip(" ")) :]
+    before, _, after = (text + between.rstrip(" ")).partition(said)
+    return Frame(before, after, joint, special=False)
+
+
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], *, special: bool = True
+) -> list[tuple[tuple[int, ...], list[tuple[int, int]]]]:
+    """Ids and character offsets of each text, with the special tokens that the
+    tokenizer puts before it (if `special`), without those that it appends (EOS: nothing
+    continues after it), without padding or truncation.
+
+    Raises:
+        PromptError: the tokenizer gives no offsets (a slow tokenizer), or a text is no
+            Unicode.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise PromptError(
@@ -74,8 +190,15 @@ def tokenize(
         )
     if not texts:  # which tokenizers do not take
         return []
+    for text in texts:
+        if text.encode(errors="ignore").decode() != text:
+            raise PromptError(
+                f"{text!a} holds half of a character (a lone surrogate), which no "
+                "tokenizer takes; mend the text"
+            )
     encoded = tokenizer(
         list(texts),
+        add_special_tokens=special,
         return_offsets_mapping=True,
         padding=False,
         truncation=False,
@@ -92,58 +215,107 @@ def tokenize(
     return found
 
 
-def subject_prompts(tokenizer: Any, filled: Sequence[tuple[str, int]]) -> list[Prompt]:
+def subject_prompts(
+    tokenizer: Any, filled: Sequence[tuple[str, int]], frame: Frame = PLAIN
+) -> list[Prompt]:
     """Tokenized prompts from (text, index of the character after the subject).
+
+    Args:
+        filled: each in its frame already, as `in_contexts` gives them.
 
     Raises:
         PromptError: no token holds the subject's last character.
     """
     prompts = []
-    encoded = tokenize(tokenizer, [text for text, _ in filled])
+    encoded = tokenize(tokenizer, [text for text, _ in filled], special=frame.special)
     for (text, end), (ids, offsets) in zip(filled, encoded, strict=True):
-        holders = [
-            index for index, (start, stop) in enumerate(offsets) if start < end <= stop
-        ]
-        if not holders:
+        holder = _holder(text, end, offsets)
+        if holder is None:
             raise PromptError(
                 f"no token of {text!r} holds the subject's last character "
                 f"{text[end - 1]!r}; the tokenizer drops it"
             )
-        prompts.append(Prompt(ids, holders[-1]))
+        prompts.append(Prompt(ids, holder))
     return prompts
+
+
+def _holder(text: str, end: int, offsets: Sequence[tuple[int, int]]) -> int | None:
+    """Index of the last token that stands for the character before `end`."""
+    found = [i for i, (start, stop) in enumerate(offsets) if start < end <= stop]
+    if not found:
+        # A normalizer put it into the character before, whose token is the one.
+        before, last = text[: end - 1], text[end - 1]
+        apart = unicodedata.normalize("NFC", before) + last
+        melted = before and unicodedata.normalize("NFC", before + last) != apart
+        return _holder(text, end - 1, offsets) if melted else None
+    start, stop = offsets[found[-1]]
+    run = [index for index in found if tuple(offsets[index]) == (start, stop)]
+    beyond = len(text[end:stop].encode())
+    # Unknown characters in a row may be bytes that all have the row's offsets.
+    if len(run) == len(text[start:stop].encode()):
+        return run[-1] - beyond
+    return found[-1]
 
 
 def in_contexts(
     contexts: Contexts, template: str, subject: str
 ) -> list[tuple[str, int]]:
-    """The prompt in each context: (text, index of the character after the subject)."""
+    """The prompt in each context, in its frame: (text, index of the character after
+    the subject)."""
     text, end = fill(template, subject)
+    frame = contexts.frame
     rows = []
     for context in contexts.templates:
         before, _, after = context.partition(SLOT)
-        rows.append((before + text + after, len(before) + end))
+        framed = frame.around(before + text + after)
+        rows.append((framed, len(frame.before) + len(before) + end))
     return rows
 
 
 def continuations(
-    tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]
+    tokenizer: Any,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    frame: Frame = PLAIN,
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Ids of each prompt and of the target that follows it after one space.
+    """Ids of each prompt, and of the target that follows it after the frame's joint.
 
-    The target's ids are what is left of `prompt + " " + target` after the prompt's
-    ids, so that BOS and prepended spaces never come into a target.
+    Args:
+        prompts: each in its frame already.
+
+    Raises:
+        PromptError: as `targets_after`.
+    """
+    alone = [ids for ids, _ in tokenize(tokenizer, prompts, special=frame.special)]
+    after = targets_after(tokenizer, prompts, alone, targets, frame)
+    return list(zip(alone, after, strict=True))
+
+
+def targets_after(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    encoded: Sequence[tuple[int, ...]],
+    targets: Sequence[str],
+    frame: Frame = PLAIN,
+) -> list[tuple[int, ...]]:
+    """Ids of each target after its prompt: what is left of `prompt + joint + target`
+    after the prompt's ids, so that BOS and prepended spaces never come into a target.
+
+    Args:
+        prompts: each in its frame already.
+        encoded: their ids.
 
     Raises:
         PromptError: the prompt has no ids, or they are not a prefix of the whole's.
     """
-    alone = tokenize(tokenizer, prompts)
     whole = tokenize(
         tokenizer,
-        [f"{p} {t}" for p, t in zip(prompts, targets, strict=True)],
+        [p + frame.joint + t for p, t in zip(prompts, targets, strict=True)],
+        special=frame.special,
     )
-    pairs = []
-    for prompt, target, (ids, _), (full, _) in zip(
-        prompts, targets, alone, whole, strict=True
+    found = []
+    for prompt, target, ids, (full, _) in zip(
+        prompts, targets, encoded, whole, strict=True
     ):
         if not ids:
             raise PromptError(
@@ -151,12 +323,16 @@ def continuations(
                 f"nothing predicts {target!r}; give a prompt"
             )
         if full[: len(ids)] != ids or len(full) == len(ids):
-            raise PromptError(
-                f"the tokens of {prompt!r} change when {target!r} follows; end the "
-                "prompt at a word's end, without the space before the target"
+            what_to_do = (
+                "end the prompt at a word's end, without the space before the target"
+                if frame == PLAIN
+                else "what follows a prompt must end where a token ends"
             )
-        pairs.append((ids, full[len(ids) :]))
-    return pairs
+            raise PromptError(
+                f"the tokens of {prompt!r} change when {target!r} follows; {what_to_do}"
+            )
+        found.append(full[len(ids) :])
+    return found
 
 
 def check_rows(adapter: ModelAdapter, rows: Sequence[Sequence[int]]) -> None:
@@ -166,7 +342,7 @@ def check_rows(adapter: ModelAdapter, rows: Sequence[Sequence[int]]) -> None:
     Raises:
         PromptError: naming the longest, or the largest.
     """
-    limit = getattr(adapter.model.config, "max_position_embeddings", None)
+    limit = getattr(adapter.config, "max_position_embeddings", None)
     longest = max(map(len, rows), default=0)
     if limit is not None and longest > limit:
         raise PromptError(
@@ -243,7 +419,11 @@ def generate_contexts(
     then one template for each of `settings.samples`, "<text>. {}".
 
     Source: Meng et al. 2023 (MEMIT), section 4.3; there unseeded.
+
+    Raises:
+        PromptError: nothing to begin with, or no usable chat template.
     """
+    frame = chat_frame(tokenizer) if settings.chat else PLAIN
     generator = torch.Generator().manual_seed(seed)
     templates = [SLOT]
     for text, length in settings.samples:
@@ -276,4 +456,4 @@ def generate_contexts(
         )
         prefix = " ".join(prefix.replace("{", " ").replace("}", " ").split())
         templates.append(f"{prefix}. {SLOT}" if prefix else SLOT)
-    return Contexts(tuple(templates))
+    return Contexts(tuple(templates), frame)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from unified_edit.edits import Edit, fill
+from unified_edit.edits import Edit
 from unified_edit.model.prompts import (
     Contexts,
-    continuations,
     in_contexts,
     subject_prompts,
+    targets_after,
 )
 
 
@@ -45,17 +45,24 @@ def make_rows(
         for text in in_contexts(contexts, edit.template, edit.subject):
             filled.append(text)
             targets.append(edit.target)
-    prompts = subject_prompts(tokenizer, filled)
-    pairs = continuations(tokenizer, [text for text, _ in filled], targets)
+    frame = contexts.frame
+    prompts = subject_prompts(tokenizer, filled, frame)
+    texts, alone = [text for text, _ in filled], [prompt.ids for prompt in prompts]
+    answers = targets_after(tokenizer, texts, alone, targets, frame)
     rows: list[list[Row]] = [[] for _ in edits]
-    for index, (prompt, (ids, target)) in enumerate(zip(prompts, pairs, strict=True)):
+    for index, (prompt, target) in enumerate(zip(prompts, answers, strict=True)):
         owner, cut = index // len(contexts.templates), prompt.subject_end
         # The last label is only predicted, never read.
-        whole, read = ids + target[:-1], len(ids) - 1 - cut
+        whole, read = prompt.ids + target[:-1], len(prompt.ids) - 1 - cut
         weight = 1 / len(contexts.templates)
         rows[owner].append(Row(owner, whole[:cut], whole[cut:], target, read, weight))
-    stay = [fill(prompt, edit.subject) for edit in edits for prompt in kl_prompts]
-    for index, prompt in enumerate(subject_prompts(tokenizer, stay)):
+    bare = Contexts(frame=frame)
+    stay = [
+        in_contexts(bare, prompt, edit.subject)[0]
+        for edit in edits
+        for prompt in kl_prompts
+    ]
+    for index, prompt in enumerate(subject_prompts(tokenizer, stay, frame)):
         owner, cut = index // len(kl_prompts), prompt.subject_end
         end = len(prompt.ids) if kl_position == "end" else cut + 1
         ids, weight = prompt.ids, 1 / len(kl_prompts)

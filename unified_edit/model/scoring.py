@@ -13,6 +13,8 @@ from covariance_cache.capture import evaluating
 from unified_edit.errors import NonFiniteError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.prompts import (
+    PLAIN,
+    Frame,
     buckets,
     check_rows,
     continuations,
@@ -38,15 +40,18 @@ def score(
     prompts: Sequence[str],
     targets: Sequence[str],
     *,
+    frame: Frame = PLAIN,
     progress: bool = False,
 ) -> list[Score]:
-    """Scores `targets[i]` after `prompts[i]` and one space.
+    """Scores `targets[i]` after `prompts[i]` in its frame, by default one space after
+    the prompt.
 
     Raises:
         PromptError: a prompt cannot be tokenized so, or is too long.
         NonFiniteError: NaN or infinity in the logits.
     """
-    pairs = continuations(tokenizer, prompts, targets)
+    framed = [frame.around(prompt) for prompt in prompts]
+    pairs = continuations(tokenizer, framed, targets, frame)
     rows = [ids + target[:-1] for ids, target in pairs]
     check_rows(adapter, rows)
     found: list[Score | None] = [None] * len(rows)
@@ -85,10 +90,16 @@ def score(
 
 @torch.no_grad()
 def generate(
-    adapter: ModelAdapter, tokenizer: Any, prompts: Sequence[str], new_tokens: int
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    new_tokens: int,
+    *,
+    frame: Frame = PLAIN,
 ) -> list[str]:
     """Greedy continuations, without the prompts and special tokens."""
-    encoded = [ids for ids, _ in tokenize(tokenizer, prompts)]
+    framed = [frame.around(prompt) for prompt in prompts]
+    encoded = [ids for ids, _ in tokenize(tokenizer, framed, special=frame.special)]
     check_rows(adapter, [ids + (0,) * new_tokens for ids in encoded])
     found = [""] * len(prompts)
     filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0

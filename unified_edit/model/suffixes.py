@@ -25,6 +25,7 @@ from unified_edit.model.adapter import ModelAdapter, Site
 from unified_edit.model.hooks import (
     add_first,
     adding,
+    by_row,
     hidden_of,
     reading_at,
     returning,
@@ -209,7 +210,8 @@ def run_whole(
         nll.index_add_(
             0, reads.edits[:count], losses.double().cpu() * reads.weights[:count]
         )
-        values.append(wide(_columns(hidden_of(seen["value"]), cuts, 1, dim=1)[:, 0]))
+        value = by_row(hidden_of(seen["value"]), len(chosen))
+        values.append(wide(_columns(value, cuts, 1, dim=1)[:, 0]))
         if skipped:
             returned = seen["entry"]
             extras = len(returned) - 1 if isinstance(returned, tuple) else None

@@ -61,6 +61,8 @@ def optimize_targets(
 
     Args:
         layer: whose output δ is added to, at the subject's last token.
+        settings: where a norm follows the MLP, its output is the site, whatever they
+            say (`ModelAdapter.target_site`).
         token_budget: suffix tokens whose activations may be held at once; None
             chooses from the free memory of each device.
         cache: targets found there are not optimised; the others are put there.
@@ -77,6 +79,7 @@ def optimize_targets(
         raise EditError("there are no edits to optimise targets for")
     if token_budget is not None and token_budget < 1:
         raise RecipeError(f"token_budget must be at least 1, not {token_budget}")
+    settings = settings.at(adapter.target_site(settings.site))
     kl_prompts = settings.kl_prompts if settings.kl_factor else ()
     rows = make_rows(tokenizer, edits, contexts, kl_prompts, settings.kl_position)
     check_rows(adapter, [row.prefix + row.suffix for each in rows for row in each])
