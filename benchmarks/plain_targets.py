@@ -132,7 +132,7 @@ def plain_target(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            limit = settings.clamp * initial[0].norm()
+            limit = settings.largest * initial[0].norm()
             with torch.no_grad():
                 if delta.norm() > limit:
                     delta.mul_(limit / delta.norm())

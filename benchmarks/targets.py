@@ -348,7 +348,7 @@ def published(case: Case, command: str, sample: int) -> dict[str, float]:
                     ],
                     "steps": settings.steps,
                     "learning_rate": settings.learning_rate,
-                    "clamp": settings.clamp,
+                    "clamp": settings.largest,
                     "weight_decay": settings.weight_decay,
                     "kl_factor": settings.kl_factor,
                     "threads": torch.get_num_threads(),

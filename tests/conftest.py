@@ -101,3 +101,20 @@ def _tinies64(_tinies):  # type: ignore[no-untyped-def]
 def tiny64(request, _tinies64) -> Iterator:  # type: ignore[no-untyped-def]
     """The same models in float64, for theorems."""
     yield from _guarded(_tinies64[request.param])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "built" in metafunc.fixturenames:
+        from families import FAMILIES, VARIANTS
+
+        names = {**FAMILIES, **VARIANTS}
+        metafunc.parametrize("built", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def built(request, tmp_path_factory):  # type: ignore[no-untyped-def]
+    """A small model of every family in turn."""
+    from families import FAMILIES, VARIANTS, build
+
+    family = {**FAMILIES, **VARIANTS}[request.param]
+    return build(family, tmp_path_factory.mktemp("model"))

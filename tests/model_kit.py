@@ -302,7 +302,10 @@ def assert_same_bits(model: nn.Module, state: dict[str, Tensor]) -> None:
     assert now.keys() == state.keys()
     for name, tensor in state.items():
         assert now[name].dtype == tensor.dtype, name
-        bits = [each.contiguous().view(torch.uint8) for each in (now[name], tensor)]
+        bits = [
+            each.contiguous().reshape(-1).view(torch.uint8)
+            for each in (now[name], tensor)
+        ]
         assert torch.equal(*bits), f"{name} changed"
 
 

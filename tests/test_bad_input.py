@@ -14,7 +14,7 @@ import pytest
 import torch
 from model_kit import CONTEXTS, EDITS, Tiny, assert_same_bits, state_of
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import CTRLConfig, CTRLLMHeadModel
 
 from unified_edit import (
     Edit,
@@ -64,18 +64,12 @@ def refused(
 
 
 def test_unknown_architecture(gpt2: Tiny, wanted: Any) -> None:
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=360,
-            hidden_size=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=16,
-        )
+    model = CTRLLMHeadModel(
+        CTRLConfig(vocab_size=360, n_embd=8, dff=16, n_layer=2, n_head=2)
     )
     refused(
         UnsupportedModel,
-        "'gpt_neox' is not in the architecture table; supported: gpt2, llama",
+        "model type 'ctrl' is built otherwise than the decoders here",
         model,
         lambda: edit(model, gpt2.tokenizer, GOOD, wanted, gpt2.statistics),
     )

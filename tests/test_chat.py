@@ -51,6 +51,7 @@ from unified_edit.model.rows import make_rows
 from unified_edit.model.scoring import generate, score
 from unified_edit.model.targets import optimize_targets
 from unified_edit.recipes import Recipe, in_chat, recipe
+from unified_edit.target_cache import TargetCache
 
 TEXTUAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
@@ -461,6 +462,22 @@ def test_target_values_are_found_in_the_chat(chat: Tiny) -> None:
             chances.append(float(sum(picked)) / len(picked))
         mean = torch.tensor(chances).mean().exp()
         assert float(framed.probability[index]) == pytest.approx(float(mean), rel=0.02)
+
+
+def test_cached_targets_are_of_their_frame(chat: Tiny, tmp_path: Path) -> None:
+    cache = TargetCache(tmp_path)
+    settings = wanted_of().targets
+    frame = chat_frame(chat.tokenizer)
+    for count, used in (
+        (1, CONTEXTS),
+        (2, replace(CONTEXTS, frame=frame)),
+        (2, CONTEXTS),
+        (3, replace(CONTEXTS, frame=replace(frame, after="\nB:"))),
+    ):
+        arguments = (chat.adapter, chat.tokenizer, CHOSEN, used, 1, settings)
+        found = optimize_targets(*arguments, cache=cache)
+        assert len(list(tmp_path.rglob("*.safetensors"))) == count * len(CHOSEN)
+        torch.testing.assert_close(found.values, optimize_targets(*arguments).values)
 
 
 def test_a_plain_edit_says_nothing_of_frames(tiny: Tiny) -> None:

@@ -72,7 +72,7 @@ def test_published_hyperparameters(name: str, preset: str) -> None:
         return
     found = recipe(name, preset)
     inner = found.targets
-    values = (inner.steps, inner.learning_rate, inner.clamp, inner.weight_decay)
+    values = (inner.steps, inner.learning_rate, inner.largest, inner.weight_decay)
     assert (found.layers, *values) == expected
     assert inner.kl_factor == 0.0625 and inner.kl_prompts == ("{} is a",)
     assert inner.kl_position == "subject" and inner.loss_threshold == 0.05

@@ -46,8 +46,6 @@ def keep_softmax_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.functional, "softmax", wide)
 
 
-# As old transformers' gpt_bigcode does, with a new torch.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 @pytest.mark.parametrize("name", ALL)
 def test_a_family_equals_the_plain_loop(
     name: str, monkeypatch: pytest.MonkeyPatch
