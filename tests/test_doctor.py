@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from checkpoint_kit import disk
 from cli_kit import Workplace, answer, make_workplace, run
+from families import FAMILIES, VARIANTS, build
 from model_kit import KINDS, LAYERS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
@@ -55,6 +56,17 @@ def test_facts_of_each_architecture(work):
         facts = (found.tensor, found.shape, found.storage, found.tied_head)
         assert facts == expected[kind]
         assert (found.layers, found.dtypes) == (LAYERS, ("F32",))
+        stored = {
+            layer: name
+            for name in report.files
+            for layer in range(LAYERS)
+            if found.tensor.format(layer) in load_file(place.model / name)
+        }
+        shown = {layer: name for name, held in found.shards.items() for layer in held}
+        assert shown == stored and list(stored) == list(range(LAYERS))
+        assert found.head == "lm_head" and found.wrapped is None
+        weights = {p.data_ptr(): p.numel() for p in model.parameters()}
+        assert found.model_bytes == 4 * sum(weights.values())
         shape = found.shape[::-1] if kind == "gpt2" else found.shape
         assert (found.d_value, found.d_key) == shape
         assert found.undo_bytes == 4 * found.d_value * found.d_key
@@ -65,6 +77,8 @@ def test_facts_of_each_architecture(work):
         assert tokenizer is not None and tokenizer.fast
         habits = (tokenizer.adds_bos, tokenizer.prepends_space, tokenizer.adds_eos)
         assert habits == ((kind == "llama"), (kind == "llama"), False)
+        assert tokenizer.bos_token == ("<s>" if kind == "llama" else None)
+        assert not tokenizer.chat_template
         assert tokenizer.vocabulary == len(make_tokenizer(kind))
         assert report.statistics is not None
         assert [each.layer for each in report.statistics] == list(range(LAYERS))
@@ -119,8 +133,38 @@ def test_recipes_are_labelled(work, monkeypatch):
         assert (found[name].layers, found[name].origin) == ((1,), "tuned here")
     emmet = found["emmet"]
     assert (emmet.layers, emmet.origin) == (None, "unvalidated")
+    # The third block of 32, of 3: none; and its room is reckoned with.
+    assert emmet.suggested_layers == (0,) and emmet.statistics_bytes == 4 * 64 * 64
+    assert "llama-2-7b" in emmet.source
     shown = run("doctor", place.model).stdout
     assert "tuned here" in shown and "name --layers" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("gemma2", (True, False, 1.0)),
+        ("granite", (False, False, 0.22)),
+        ("gptj", (False, True, 1.0)),
+        ("falcon-alibi", (False, False, 1.0)),
+    ],
+)
+def test_what_becomes_of_the_mlps_output(name, facts, tmp_path):
+    build({**FAMILIES, **VARIANTS}[name], tmp_path)
+    report = examine(str(tmp_path))
+    found = report.weights
+    assert (found.normalized, found.parallel, found.residual_scale) == facts
+    memit = next(each for each in report.recipes if each.name == "memit")
+    # Layers 4 to 8 of 32, of 5: 0 and 1; a norm makes an edit one layer's.
+    assert memit.suggested_layers == ((1,) if found.normalized else (0, 1))
+    shown = " ".join(run("doctor", tmp_path).stdout.split())
+    for fact, text in zip(
+        facts,
+        ("a norm after the MLP", "attention and MLP in parallel", "times 0.22"),
+        strict=True,
+    ):
+        assert (text in shown) == (fact not in (False, 1.0))
+    assert "name --layers" in shown and "no layer was probed" in shown
 
 
 def test_json_and_terminal(work):

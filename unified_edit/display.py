@@ -14,7 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from unified_edit.checkpoint.manifest import UpdateRecord
     from unified_edit.checkpoint.patch import PatchReport
-    from unified_edit.doctor import DoctorReport
+    from unified_edit.doctor import DoctorReport, EditedWeights
 
 _FEW = 10
 """Edits of an update that its history prints."""
@@ -150,16 +150,32 @@ def doctor_tables(report: DoctorReport) -> list[Table]:
             (
                 each.name,
                 each.origin,
-                "name --layers" if each.layers is None else f"{list(each.layers)}",
+                ranges(each.layers)
+                if each.layers is not None
+                else f"name --layers {ranges(each.suggested_layers or ())}?",
                 *(
-                    "" if size is None else decimal(size)
-                    for size in (each.statistics_bytes, each.update_bytes)
+                    decimal(size)
+                    for size in (
+                        each.statistics_bytes,
+                        each.collect_bytes,
+                        each.edit_bytes,
+                        each.update_bytes,
+                    )
                 ),
             )
             for each in report.recipes
         )
-        titles = ("recipe", "settings", "layers", "statistics", "update per edit")
-        tables.append(table(titles, recipes, "recipes"))
+        titles = (
+            *("recipe", "settings", "layers", "statistics"),
+            *("to collect", "to edit", "each edit"),
+        )
+        tables.append(table(titles, recipes, "recipes: files and memory they take"))
+        if any(each.layers is None for each in report.recipes):
+            tables.append(
+                facts([("?", "a guess from other models' depth; no layer was probed")])
+            )
+    if report.statistics is None and report.supported:
+        tables.append(facts([("statistics", "none named: --statistics FOLDER")]))
     if report.statistics:
         layers = (
             (
@@ -192,11 +208,17 @@ def _doctor_facts(report: DoctorReport) -> list[tuple[str, str]]:
     weights, tokenizer = report.weights, report.tokenizer
     if weights is not None:
         axes = "d_key, d_value" if weights.storage == "Conv1D" else "d_value, d_key"
+        wrapped = f", of the {weights.wrapped} it wraps" if weights.wrapped else ""
         lines += [
-            ("layers", f"0 to {weights.layers - 1}"),
+            ("layers", f"0 to {weights.layers - 1}{wrapped}"),
             ("edited tensor", f"{weights.tensor}, {'/'.join(weights.dtypes)}"),
             ("", f"{list(weights.shape)} = [{axes}] ({weights.storage})"),
-            ("tied head", _YES[weights.tied_head]),
+            *(
+                ("" if index else "in", f"{file}: layers {ranges(layers)}")
+                for index, (file, layers) in enumerate(weights.shards.items())
+            ),
+            ("block", "; ".join(_block_facts(weights))),
+            ("head", f"{weights.head}, tied: {_YES[weights.tied_head]}"),
             (
                 "for each layer",
                 f"statistics {decimal(weights.statistics_bytes)}; memory to solve "
@@ -204,14 +226,16 @@ def _doctor_facts(report: DoctorReport) -> list[tuple[str, str]]:
                 f"{decimal(weights.update_bytes)} for each edit; undo "
                 f"{decimal(weights.undo_bytes)}",
             ),
+            ("weights", f"{decimal(weights.model_bytes)} in float32"),
             ("preset", report.preset or "none for this model"),
         ]
     if tokenizer is not None:
         habits = {
-            "adds BOS": tokenizer.adds_bos,
+            f"adds BOS ({tokenizer.bos_token or 'none'})": tokenizer.adds_bos,
             "adds EOS": tokenizer.adds_eos,
             "prepends a space": tokenizer.prepends_space,
             "has a pad token": tokenizer.has_pad_token,
+            "has a chat template": tokenizer.chat_template,
         }
         lines += [
             (
@@ -223,3 +247,31 @@ def _doctor_facts(report: DoctorReport) -> list[tuple[str, str]]:
             ("", "; ".join(f"{name}: {_YES[is_]}" for name, is_ in habits.items())),
         ]
     return lines
+
+
+def _block_facts(weights: EditedWeights) -> list[str]:
+    """What becomes of the MLP's output."""
+    told = [
+        "attention and MLP in parallel"
+        if weights.parallel
+        else "attention, then the MLP",
+        "a norm after the MLP: targets at its own output, one layer for an edit"
+        if weights.normalized
+        else "the MLP's output is added",
+    ]
+    if weights.residual_scale != 1:
+        told.append(f"times {weights.residual_scale:g}")
+    return told
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as on a command line, such as `0-1,4`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(
+        str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts
+    )

@@ -20,9 +20,12 @@ from unified_edit.errors import CheckpointError, UnsupportedModel
 from unified_edit.loading import folder_of, read_config, read_tokenizer
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.options import from_preset
-from unified_edit.recipes import RECIPES, matching_preset
+from unified_edit.presets import PRESETS
+from unified_edit.recipes import RECIPES, matching_preset, recipe
 
 _FLOAT32, _FLOAT64 = 4, 8
+_REFERENCE = "llama-2-7b"
+"""Its preset knows every recipe."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class EditedWeights:
 
     layers: int
     """Number of decoder blocks."""
+    wrapped: str | None
+    """Type of the text decoder, where the model wraps one."""
     tensor: str
     """Name in the files, `{}` for the layer."""
     shape: tuple[int, int]
@@ -39,14 +44,29 @@ class EditedWeights:
     """`Conv1D` is stored [d_key, d_value], `Linear` [d_value, d_key]."""
     dtypes: tuple[str, ...]
     """In the files, e.g. `BF16`."""
+    shards: Mapping[str, tuple[int, ...]]
+    """Which layers' tensors each file holds."""
     d_key: int
     d_value: int
+    normalized: bool
+    """A norm follows the MLP, so that targets are optimised at its own output and an
+    edit is one layer's."""
+    parallel: bool
+    """Attention and MLP read the same input."""
+    residual_scale: float
+    """What the MLP's output is multiplied by before it is added."""
+    head: str
+    """Module of the language-model head."""
     tied_head: bool
     """Whether the head is the input embedding."""
+    model_bytes: int
+    """Memory for all weights in float32, as `edit` loads them by default."""
+    collect_bytes: int
+    """Memory for each layer's running total while statistics are collected."""
     statistics_bytes: int
     """A layer's file of statistics: C in float32."""
     solve_bytes: int
-    """Memory for a layer's C and its factor in float64."""
+    """Memory for a layer's C as loaded, and for it and its factor in float64."""
     update_bytes: int
     """One edit's share of an update's file, for each layer."""
     undo_bytes: int
@@ -66,6 +86,9 @@ class TokenizerFacts:
     adds_eos: bool
     prepends_space: bool
     """A text's first word is tokenized as if a space stood before it."""
+    bos_token: str | None
+    chat_template: bool
+    """Whether `--chat` can be used."""
     padding_side: str
     """Of its own; batches are padded here without it."""
     has_pad_token: bool
@@ -92,14 +115,21 @@ class RecipeFacts:
     name: str
     layers: tuple[int, ...] | None
     """None: there are no hyperparameters for this model, name the layers."""
+    suggested_layers: tuple[int, ...] | None
+    """Where there are none: the same depth as another model's published layers. Where
+    a fact is kept was not looked for in this model."""
     origin: str
     """"published", "tuned here" or "unvalidated"."""
     source: str
     settings: Mapping[str, Any] | None
     """All of the recipe's fields."""
-    statistics_bytes: int | None
+    statistics_bytes: int
     """Files of statistics of its layers."""
-    update_bytes: int | None
+    collect_bytes: int
+    """Memory to collect them, with the weights; activations come to it."""
+    edit_bytes: int
+    """Memory to edit, with the weights; activations come to it."""
+    update_bytes: int
     """One edit's share of its update's file."""
 
 
@@ -228,20 +258,31 @@ def _edited_weights(adapter: ModelAdapter, checkpoint: Checkpoint) -> EditedWeig
     names = {name.format(0): name for name in adapter.tensor_names()}
     tensor = names[entries[0].name]
     d_value, d_key = adapter.matrix(0).shape
-    model = adapter.model
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    model, kind = adapter.model, adapter.architecture.model_type
     embedding = model.get_input_embeddings()  # type: ignore[operator]
+    shards: dict[str, tuple[int, ...]] = {}
+    for layer, entry in enumerate(entries):
+        shards[entry.file] = (*shards.get(entry.file, ()), layer)
+    (head,) = (name for name, each in model.named_modules() if each is adapter.head)
     return EditedWeights(
         layers=len(entries),
+        wrapped=None if kind == checkpoint.config.get("model_type") else kind,
         tensor=tensor,
         shape=(entries[0].shape[0], entries[0].shape[1]),
         storage=adapter.architecture.storage,
         dtypes=tuple(sorted({entry.dtype for entry in entries})),
+        shards=shards,
         d_key=d_key,
         d_value=d_value,
-        tied_head=head.weight is embedding.weight,
+        normalized=adapter.normalized,
+        parallel=adapter.parallel,
+        residual_scale=adapter.residual_scale(0),
+        head=head,
+        tied_head=adapter.head.weight is embedding.weight,
+        model_bytes=_FLOAT32 * sum(each.numel() for each in model.parameters()),
+        collect_bytes=_FLOAT32 * d_key**2 + _FLOAT32 * 512 * d_key,
         statistics_bytes=_FLOAT32 * d_key**2,
-        solve_bytes=2 * _FLOAT64 * d_key**2,
+        solve_bytes=(_FLOAT32 + 2 * _FLOAT64) * d_key**2,
         update_bytes=_FLOAT32 * (d_key + d_value),
         undo_bytes=max(entry.nbytes for entry in entries),
     )
@@ -259,6 +300,8 @@ def _tokenizer_facts(tokenizer: Any) -> TokenizerFacts:
         adds_bos=len(whole) > len(plain) and whole[0] == tokenizer.bos_token_id,
         adds_eos=len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id,
         prepends_space=bool(first) and str(first[0])[:1] in ("▁", "Ġ"),
+        bos_token=tokenizer.bos_token,
+        chat_template=bool(tokenizer.chat_template),
         padding_side=str(tokenizer.padding_side),
         has_pad_token=tokenizer.pad_token_id is not None,
     )
@@ -266,17 +309,28 @@ def _tokenizer_facts(tokenizer: Any) -> TokenizerFacts:
 
 def _recipe_facts(name: str, preset: str | None, weights: EditedWeights) -> RecipeFacts:
     found = None if preset is None else from_preset(name, preset)
-    if found is None:
-        return RecipeFacts(name, None, "unvalidated", "", None, None, None)
+    layers = found.layers if found else _suggested(name, weights)
+    count = len(layers)
     return RecipeFacts(
         name=name,
-        layers=found.layers,
-        origin=found.origin,
-        source=found.source,
-        settings=found.as_dict(),
-        statistics_bytes=len(found.layers) * weights.statistics_bytes,
-        update_bytes=len(found.layers) * weights.update_bytes,
+        layers=found.layers if found else None,
+        suggested_layers=None if found else layers,
+        origin=found.origin if found else "unvalidated",
+        source=found.source if found else f"the depth of {_REFERENCE}'s layers",
+        settings=found.as_dict() if found else None,
+        statistics_bytes=count * weights.statistics_bytes,
+        collect_bytes=weights.model_bytes + count * weights.collect_bytes,
+        edit_bytes=weights.model_bytes
+        + count * (weights.solve_bytes + _FLOAT32 * weights.d_key * weights.d_value),
+        update_bytes=count * weights.update_bytes,
     )
+
+
+def _suggested(name: str, weights: EditedWeights) -> tuple[int, ...]:
+    reference = PRESETS[_REFERENCE]
+    published = recipe(name, _REFERENCE).layers
+    layers = sorted({layer * weights.layers // reference.layers for layer in published})
+    return tuple(layers[-1:] if weights.normalized else layers)
 
 
 def _examine_layer(
