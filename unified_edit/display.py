@@ -150,30 +150,22 @@ def doctor_tables(report: DoctorReport) -> list[Table]:
             (
                 each.name,
                 each.origin,
-                ranges(each.layers)
-                if each.layers is not None
-                else f"name --layers {ranges(each.suggested_layers or ())}?",
-                *(
-                    decimal(size)
-                    for size in (
-                        each.statistics_bytes,
-                        each.collect_bytes,
-                        each.edit_bytes,
-                        each.update_bytes,
-                    )
-                ),
+                f"{ranges(each.suggested_layers)} ?"
+                if each.suggested_layers
+                else ranges(each.layers or ()),
+                decimal(each.collect_bytes),
+                decimal(each.edit_bytes),
             )
             for each in report.recipes
         )
-        titles = (
-            *("recipe", "settings", "layers", "statistics"),
-            *("to collect", "to edit", "each edit"),
-        )
-        tables.append(table(titles, recipes, "recipes: files and memory they take"))
-        if any(each.layers is None for each in report.recipes):
-            tables.append(
-                facts([("?", "a guess from other models' depth; no layer was probed")])
+        titles = ("recipe", "settings", "layers", "to collect", "to edit")
+        tables.append(table(titles, recipes, "recipes, and memory beside activations"))
+        if any(each.suggested_layers for each in report.recipes):
+            guess = (
+                "name --layers; these are at the depth of another model's published "
+                "ones, no layer was probed here"
             )
+            tables.append(facts([("?", guess)]))
     if report.statistics is None and report.supported:
         tables.append(facts([("statistics", "none named: --statistics FOLDER")]))
     if report.statistics:
