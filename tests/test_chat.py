@@ -35,13 +35,11 @@ from unified_edit.errors import LedgerError, PromptError, RecipeError
 from unified_edit.evaluate.counterfact import evaluate_counterfact
 from unified_edit.ledger import Ledger
 from unified_edit.live import applied
+from unified_edit.model.frames import PLAIN, Frame, chat_frame
 from unified_edit.model.keys import hidden_at_subjects, keys_at_subjects
 from unified_edit.model.prompts import (
-    PLAIN,
     Contexts,
     ContextSettings,
-    Frame,
-    chat_frame,
     continuations,
     generate_contexts,
     in_contexts,

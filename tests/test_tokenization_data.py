@@ -13,9 +13,9 @@ from tokenizer_kit import Pieces
 
 from unified_edit.edits import Edit, read_edits
 from unified_edit.errors import PromptError
+from unified_edit.model.frames import chat_frame
 from unified_edit.model.prompts import (
     Contexts,
-    chat_frame,
     continuations,
     in_contexts,
     subject_prompts,

@@ -43,11 +43,13 @@ if TYPE_CHECKING:
     from unified_edit.ledger_rebuild import rebuild
     from unified_edit.live import Applied, applied, apply
     from unified_edit.model.descent import Targets, TargetSettings
+    from unified_edit.model.frames import Frame, chat_frame
     from unified_edit.model.prompts import Contexts, ContextSettings
     from unified_edit.recipes import (
         Recipe,
         alphaedit,
         emmet,
+        in_chat,
         memit,
         p_rome,
         r_rome,
@@ -76,8 +78,11 @@ _HOMES = {
     "ledger_rebuild": "rebuild",
     "live": "Applied applied apply",
     "model.descent": "TargetSettings Targets",
+    "model.frames": "Frame chat_frame",
     "model.prompts": "ContextSettings Contexts",
-    "recipes": ("Recipe alphaedit emmet memit p_rome r_rome recipe rome rome_original"),
+    "recipes": (
+        "Recipe alphaedit emmet in_chat memit p_rome r_rome recipe rome rome_original"
+    ),
     "report": "EditReport",
     "target_cache": "TargetCache",
 }
@@ -93,6 +98,7 @@ __all__ = [
     "EditReport",
     "EditResult",
     "Equality",
+    "Frame",
     "HparamsFile",
     "LeastSquares",
     "Ledger",
@@ -115,6 +121,7 @@ __all__ = [
     "alphaedit",
     "applied",
     "apply",
+    "chat_frame",
     "check_edits",
     "edit",
     "edits_of",
@@ -124,6 +131,7 @@ __all__ = [
     "factorize",
     "history",
     "import_lora",
+    "in_chat",
     "memit",
     "p_rome",
     "patch",

@@ -128,7 +128,7 @@ def edit(
         from unified_edit.engine import edit as compute
         from unified_edit.loading import Source
         from unified_edit.model.adapter import ModelAdapter
-        from unified_edit.model.prompts import chat_frame
+        from unified_edit.model.frames import chat_frame
         from unified_edit.options import read_recipe
         from unified_edit.recipes import in_chat
         from unified_edit.target_cache import TargetCache
@@ -218,7 +218,7 @@ def evaluate(
         )
         from unified_edit.live import applied
         from unified_edit.loading import Source
-        from unified_edit.model.prompts import PLAIN, chat_frame
+        from unified_edit.model.frames import PLAIN, chat_frame
 
         chosen = read_records(records)[:limit]
         change = None if update is None else UpdateSet.load(update)

@@ -34,8 +34,9 @@ from unified_edit.edits import Edit, check_edits
 from unified_edit.errors import IllConditioned, RecipeError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets
+from unified_edit.model.frames import PLAIN
 from unified_edit.model.keys import hidden_at_subjects, keys_at_subjects
-from unified_edit.model.prompts import PLAIN, Contexts, generate_contexts
+from unified_edit.model.prompts import Contexts, generate_contexts
 from unified_edit.model.scoring import score
 from unified_edit.model.targets import TargetStore, optimize_targets
 from unified_edit.recipes import Recipe

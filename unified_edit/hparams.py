@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from covariance_cache.modules import KEY_MODULES
+from covariance_cache.modules import KEY_MODULES, key_pattern
 from unified_edit.errors import RecipeError
+from unified_edit.model.adapter import text_config
 from unified_edit.model.prompts import ContextSettings
 from unified_edit.presets import MEMIT_CONTEXTS, PRESETS
 from unified_edit.recipes import Recipe, recipe
@@ -40,7 +41,7 @@ _TARGETS = {
     "kl_factor": "kl_factor",
 }
 _MAY_BE_ZERO = ("v_weight_decay", "kl_factor")
-_DOWN_PROJECTIONS = ("c_proj", "fc_out", "down_proj", "dense_4h_to_h")
+_DOWN_PROJECTIONS = {name.rpartition(".")[2] for name in KEY_MODULES.values()}
 _FLAGS = ("original_implementation", "enable_random_prefix_keys", "enable_prompt_keys")
 _NO_MEANING = {
     "statistics come from python -m covariance_cache, collected or imported": (
@@ -113,7 +114,7 @@ def read_hparams(
     if chosen in ("memit", "emmet", "alphaedit"):
         depth = PRESETS[preset].layers if preset else None
         if config is not None:
-            depth = getattr(config, "num_hidden_layers", None)
+            depth = getattr(text_config(config), "num_hidden_layers", None)
         notes += _last_layer(fields, depth)
         changes["contexts"] = MEMIT_CONTEXTS
         notes += _of_block_methods(fields, chosen, changes)
@@ -225,7 +226,7 @@ def _content(path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise RecipeError(f"{path}: is not valid JSON: {error}") from error
     else:
-        import yaml  # type: ignore[import-untyped]
+        import yaml
 
         try:
             values = yaml.safe_load(text)
@@ -280,7 +281,7 @@ def _check_modules(fields: _Fields, config: Any) -> None:
             "the MLP's down-projection with {} for the layer, such as "
             f"{KEY_MODULES['llama']}",
         )
-    ours = KEY_MODULES.get(getattr(config, "model_type", ""), inner)
+    ours = key_pattern(config) or inner
     if inner.partition("{}")[2] != ours.partition("{}")[2]:
         raise fields.refusal(name, f"{ours}, as {config.model_type} has it")
     for outer, expected in (

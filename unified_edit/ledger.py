@@ -46,8 +46,9 @@ from unified_edit.ledger_entries import (
 )
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets
+from unified_edit.model.frames import PLAIN
 from unified_edit.model.keys import keys_at_subjects
-from unified_edit.model.prompts import PLAIN, Contexts, generate_contexts
+from unified_edit.model.prompts import Contexts, generate_contexts
 from unified_edit.model.targets import optimize_targets
 from unified_edit.recipes import Recipe
 

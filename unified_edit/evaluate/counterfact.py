@@ -29,7 +29,8 @@ from torch import nn
 from unified_edit.edits import Record
 from unified_edit.errors import EditError
 from unified_edit.model.adapter import ModelAdapter
-from unified_edit.model.prompts import PLAIN, Frame, continuations
+from unified_edit.model.frames import PLAIN, Frame
+from unified_edit.model.prompts import continuations
 from unified_edit.model.scoring import Score, generate, score
 
 

@@ -33,19 +33,20 @@ def resolve_architecture(config: Any) -> Architecture:
         UnsupportedModel: a type that is unknown or refused, or quantized weights.
     """
     check_type(config)
-    wrapper = config.model_type
-    if wrapper in ARCHITECTURES:
-        return ARCHITECTURES[wrapper]
+    kind = config.model_type
+    if kind not in WRAPPERS:
+        return ARCHITECTURES[kind]
     text = text_config(config)
-    check_type(text)
-    if text.model_type not in ARCHITECTURES:
-        raise _unknown(f"{text.model_type!r} in {wrapper!r}")
-    return ARCHITECTURES[text.model_type].inside(wrapper)
+    check_type(text, kind)
+    return ARCHITECTURES[text.model_type].inside(kind)
 
 
-def check_type(config: Any) -> None:
+def check_type(config: Any, wrapper: str | None = None) -> None:
     """Refuses what can be told from a config's own fields, also before transformers has
     read it.
+
+    Args:
+        wrapper: type of the model that it is a part of.
 
     Raises:
         UnsupportedModel: as `resolve_architecture`; a wrapper's text decoder is not
@@ -65,18 +66,22 @@ def check_type(config: Any) -> None:
             "weights. Load and edit the unquantized checkpoint, then quantize again"
         )
     model_type = str(getattr(config, "model_type", None))
+    name = f"model type {model_type!r}" + (f" in {wrapper!r}" if wrapper else "")
     if model_type in REFUSED:
-        raise UnsupportedModel(f"model type {model_type!r} {REFUSED[model_type]}")
-    if model_type not in ARCHITECTURES and model_type not in WRAPPERS:
-        raise _unknown(repr(getattr(config, "model_type", None)))
-
-
-def _unknown(what: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"model type {what} is not in the architecture table; supported: "
-        f"{', '.join(sorted(ARCHITECTURES))}; and as part of "
-        f"{', '.join(sorted(WRAPPERS))}"
-    )
+        raise UnsupportedModel(f"{name} {REFUSED[model_type]}")
+    record = ARCHITECTURES.get(model_type)
+    if record is None and (wrapper or model_type not in WRAPPERS):
+        supported = sorted(each for each in ARCHITECTURES if ARCHITECTURES[each].alone)
+        raise UnsupportedModel(
+            f"{name} is not in the architecture table; supported: "
+            f"{', '.join(supported)}; and the text decoders of "
+            f"{', '.join(sorted(WRAPPERS))}"
+        )
+    if record is not None and not wrapper and not record.alone:
+        raise UnsupportedModel(
+            f"{name} is a part of another model, and transformers has no language "
+            "model of it alone; load the whole model"
+        )
 
 
 def text_config(config: Any) -> Any:

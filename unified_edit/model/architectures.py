@@ -42,6 +42,9 @@ class Architecture:
     """Where the language-model head is, newest first: some versions of transformers
     name it differently. What a model does after it, scaling or capping, is its own:
     logits are never computed here."""
+    alone: bool = True
+    """Whether transformers makes a language model of this decoder by itself; or else
+    it is only ever found inside another model."""
 
     @property
     def block(self) -> str:
@@ -87,6 +90,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _family("gemma3_text", normalized=True),
         _family("glm"),
         _family("glm4", normalized=True),
+        _family("glm4v_text", normalized=True, alone=False),
         _family("gpt2", storage="Conv1D"),
         _family("gpt_bigcode"),
         _family("gpt_neo"),
@@ -125,7 +129,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         _family("phi", parallel=True),
         _family("phi3"),
         _family("qwen2"),
+        _family("qwen2_5_vl_text", alone=False),
+        _family("qwen2_vl_text", alone=False),
         _family("qwen3"),
+        _family("qwen3_vl_text", alone=False),
         _family("seed_oss"),
         _family("smollm3"),
         _family("stablelm", parallel=(("use_parallel_residual", True),)),
@@ -156,6 +163,11 @@ _ENCODER = (
 _OTHERWISE = (
     "is built otherwise than the decoders here: blocks that run several times or over "
     "bytes, no MLP in them, or no cache of attention keys and values"
+)
+_PREFIX = (
+    "reads its prompt as a whole, each token seeing those after it as well: what "
+    "follows the subject changes its key, and targets cannot be optimised from the "
+    "subject on"
 )
 _PART = (
     "reads or writes sound or pictures through weights that this project does not "
@@ -222,6 +234,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
         *("blt", "cpmant", "ctrl", "hrm_text", "modernbert-decoder", "openai-gpt"),
         "reformer",
     ),
+    _PREFIX: ("colpali", "paligemma", "pi0"),
     _PART: (
         *("emu3", "fuyu", "git", "mllama", "moshi", "moss_transcribe_diarize"),
         *("musicgen", "musicgen_melody", "phi4_multimodal", "trocr"),

@@ -12,11 +12,10 @@ from torch import Tensor
 from covariance_cache.capture import capture_inputs
 from unified_edit.edits import Edit
 from unified_edit.model.adapter import ModelAdapter
+from unified_edit.model.frames import PLAIN, Frame
 from unified_edit.model.hooks import by_row, stopping_at
 from unified_edit.model.prompts import (
-    PLAIN,
     Contexts,
-    Frame,
     PaddedRows,
     Prompt,
     buckets,

@@ -12,15 +12,8 @@ from tqdm import tqdm
 from covariance_cache.capture import evaluating
 from unified_edit.errors import NonFiniteError
 from unified_edit.model.adapter import ModelAdapter
-from unified_edit.model.prompts import (
-    PLAIN,
-    Frame,
-    buckets,
-    check_rows,
-    continuations,
-    pad,
-    tokenize,
-)
+from unified_edit.model.frames import PLAIN, Frame
+from unified_edit.model.prompts import buckets, check_rows, continuations, pad, tokenize
 
 
 @dataclass(frozen=True)
