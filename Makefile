@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint typecheck world clean
+OLDEST := .venv-oldest
+
+.PHONY: demo test oldest lint typecheck world clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -18,6 +20,16 @@ demo: $(READY)          ## the main job on the embedded models
 
 test: $(READY)          ## the default tests
 	$(BIN)/python -m pytest
+
+$(OLDEST)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]' transformers==5.0.0
+	touch $@
+
+oldest: $(OLDEST)/.ready ## every family on the oldest transformers supported
+	$(OLDEST)/bin/python -m pytest tests/test_conformance.py \
+		tests/test_conformance_files.py tests/test_target_families.py \
+		tests/test_adapter.py tests/test_engine.py tests/test_wrapped.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,4 +45,4 @@ world: $(READY)         ## trains the embedded models anew (an hour on two cores
 	$(BIN)/python examples/tinyworld/report.py --write
 
 clean:
-	rm -rf $(VENV) build dist demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache
