@@ -1,4 +1,4 @@
-"""A small random model of every type in the architecture table, and of wrapped ones."""
+"""A small random model of every type in the architecture table that can stand alone."""
 
 from __future__ import annotations
 
@@ -78,11 +78,17 @@ class Family:
         the installed transformers lacks the type."""
         if self.model_type not in CONFIG_MAPPING:
             pytest.skip(f"transformers {transformers.__version__} has none")
-        settings = {**self.shape, **self.config, **changes}
-        config = AutoConfig.for_model(
-            self.model_type, vocab_size=360, bos_token_id=0, eos_token_id=1, **settings
+        config = self.configure(
+            vocab_size=360,
+            bos_token_id=0,
+            eos_token_id=1,
+            **{**self.shape, **self.config, **changes},
         )
         return fill(config, dtype or self.dtype, self.attention)
+
+    def configure(self, **settings: Any) -> Any:
+        """The model's config."""
+        return AutoConfig.for_model(self.model_type, **settings)
 
 
 def skip_if_unreadable(family: Family) -> None:
@@ -259,8 +265,11 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 FAMILIES: dict[str, Family] = {
-    name: Family(name, **_OWN.get(name, {})) for name in ARCHITECTURES
+    name: Family(name, **_OWN.get(name, {}))
+    for name, record in ARCHITECTURES.items()
+    if record.alone
 }
+"""The others are tried in the models that wrap them: `tests/test_wrapped.py`."""
 VARIANTS: dict[str, Family] = {
     "llama-eager": Family("llama", attention="eager"),
     "gpt2-eager": Family("gpt2", shape=GPT_SHAPE, attention="eager"),

@@ -100,6 +100,8 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
         ("bert", "is an encoder"),
         ("gemma3n_text", "shares attention keys"),
         ("bitnet", "three values"),
+        ("paligemma", "each token seeing those after it"),
+        ("glm4v_text", "is a part of another model"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_reason(

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
+from covariance_cache.modules import WRAPPERS
+from unified_edit.model.architectures import ARCHITECTURES
+
 ROOT = Path(__file__).parents[1]
+
+
+def test_the_models_it_names_are_those_of_the_tables() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = text.partition("## Models")[2].partition("\n## ")[0]
+    named = re.findall(r"`([a-z0-9_]+)`", part.partition("can be edited")[2])
+    assert named == [*ARCHITECTURES, *WRAPPERS]
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,8 +65,10 @@ def check_type(config: Any, wrapper: str | None = None) -> None:
             f"this model is quantized ({scheme}); a closed-form edit needs the real "
             "weights. Load and edit the unquantized checkpoint, then quantize again"
         )
-    model_type = str(getattr(config, "model_type", None))
-    name = f"model type {model_type!r}" + (f" in {wrapper!r}" if wrapper else "")
+    given = getattr(config, "model_type", None)
+    model_type, name = str(given), f"model type {given!r}"
+    if wrapper:
+        name += f" in {wrapper!r}"
     if model_type in REFUSED:
         raise UnsupportedModel(f"{name} {REFUSED[model_type]}")
     record = ARCHITECTURES.get(model_type)
