@@ -92,7 +92,10 @@ def plain_target(
     weight = next(module.parameters())
     dtype = torch.promote_types(weight.dtype, torch.float32)
     delta = torch.zeros(
-        model.config.hidden_size, dtype=dtype, device=device, requires_grad=True
+        model.config.get_text_config().hidden_size,
+        dtype=dtype,
+        device=device,
+        requires_grad=True,
     )
     initial: list[Tensor] = []
 

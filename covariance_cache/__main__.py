@@ -280,7 +280,8 @@ def _one_line_errors() -> Iterator[None]:
     """Turns what a user can cause into one line on stderr and exit code 1."""
     try:
         yield
-    except (StatisticsError, OSError, ValueError) as error:
+    # transformers asks for packages that a tokenizer's files would need.
+    except (StatisticsError, OSError, ValueError, ImportError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
 

@@ -128,6 +128,11 @@ _OWN: dict[str, dict[str, Any]] = {
         "config": {"logit_scale": 0.5, **WINDOWS},
         "windowless": {"sliding_window": 96},
     },
+    "ctrl": {
+        "shape": {"n_embd": 24, "n_layer": LAYERS, "n_head": 4, "n_positions": 96},
+        "config": {"dff": 40},
+        "odd": {"dff": 41},
+    },
     "cwm": {
         "config": {"head_dim": 8, **WINDOWS},
         "windowless": {"layer_types": [FULL] * LAYERS},
@@ -207,6 +212,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "mistral": {
         "config": {"sliding_window": WINDOW},
         "windowless": {"sliding_window": None},
+    },
+    "modernbert-decoder": {
+        "config": {"local_attention": 2 * WINDOW, "cls_token_id": 2, "sep_token_id": 3},
     },
     "mpt": {
         "shape": {

@@ -14,7 +14,7 @@ import pytest
 import torch
 from model_kit import CONTEXTS, EDITS, Tiny, assert_same_bits, state_of
 from torch import nn
-from transformers import CTRLConfig, CTRLLMHeadModel
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from unified_edit import (
     Edit,
@@ -64,12 +64,12 @@ def refused(
 
 
 def test_unknown_architecture(gpt2: Tiny, wanted: Any) -> None:
-    model = CTRLLMHeadModel(
-        CTRLConfig(vocab_size=360, n_embd=8, dff=16, n_layer=2, n_head=2)
+    model = OpenAIGPTLMHeadModel(
+        OpenAIGPTConfig(vocab_size=360, n_embd=8, n_layer=2, n_head=2)
     )
     refused(
         UnsupportedModel,
-        "model type 'ctrl' is built otherwise than the decoders here",
+        "model type 'openai-gpt' is built otherwise than the decoders here",
         model,
         lambda: edit(model, gpt2.tokenizer, GOOD, wanted, gpt2.statistics),
     )

@@ -277,7 +277,8 @@ def _forget(place):
             lambda place: _config(place, quantization_config={"quant_method": "gptq"}),
             "quantized (gptq)",
         ),
-        (lambda place: _config(place, n_embd="wide"), "cannot load the config"),
+        # Newer versions of transformers check a config before they build a model.
+        (lambda place: _config(place, n_embd="wide"), "cannot load the "),
         (lambda place: _shard(place, 1).unlink(), "is missing"),
         (lambda place: _shard(place).write_bytes(b"short"), "header"),
         (lambda place: _rewrite(place, _make_nan), "NaN or infinity"),

@@ -199,9 +199,9 @@ def test_refused_models_are_reported_with_the_reason(work):
         assert report["supported"] is False and reason in report["refusal"]
         assert report["weights"] is None and report["recipes"] == []
         assert len(report["files"]) > 1
-        # A config that cannot be read stands in the tokenizer's way as well.
-        readable = changes != {"n_embd": "wide"}
-        assert (report["tokenizer"] is not None) == readable
+        # A config that newer transformers cannot read stands in the tokenizer's way.
+        readable = report["tokenizer"] is not None
+        assert readable or changes == {"n_embd": "wide"}
         assert result.stderr.count("error: ") == len(report["problems"]) == 2 - readable
         assert reason in result.stderr and "Traceback" not in result.stderr
         assert run("doctor", place.model).exit_code == 1

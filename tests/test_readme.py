@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 def test_the_models_it_names_are_those_of_the_tables() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     part = text.partition("## Models")[2].partition("\n## ")[0]
-    named = re.findall(r"`([a-z0-9_]+)`", part.partition("can be edited")[2])
+    listed = part.partition("can be edited")[2].partition("\n\n")[0]
+    named = re.findall(r"`([a-z0-9_-]+)`", listed)
     assert named == [*ARCHITECTURES, *WRAPPERS]
 
 

@@ -302,8 +302,6 @@ def test_targets_equal_the_plain_loop(
         optimize_targets(adapter, tokenizer, CHOSEN, CONTEXTS, LAYER, each)
         for each in settings
     ]
-    # The plain loop reads it; only now, so that what is tested cannot.
-    model.config.hidden_size = adapter.config.hidden_size
     for each, targets in zip(settings, found, strict=True):
         module = adapter.site(each.site, LAYER)
         for index, edit in enumerate(CHOSEN):

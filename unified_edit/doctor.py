@@ -17,7 +17,7 @@ from covariance_cache.store import StatisticsStore
 from unified_edit.checkpoint.patch import history
 from unified_edit.checkpoint.sharded import Checkpoint
 from unified_edit.errors import CheckpointError, UnsupportedModel
-from unified_edit.loading import folder_of, read_config, read_tokenizer
+from unified_edit.loading import folder_of, read_config, read_tokenizer, reading
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.options import from_preset
 from unified_edit.presets import PRESETS
@@ -202,7 +202,7 @@ def examine(name: str, statistics: Path | None = None) -> DoctorReport:
     recipes: tuple[RecipeFacts, ...] = ()
     try:
         config = read_config(folder, checkpoint)
-        adapter = _outline(config)
+        adapter = _outline(folder, config)
         weights = _edited_weights(adapter, checkpoint)
     except (UnsupportedModel, CheckpointError) as error:
         refusal = str(error)
@@ -236,12 +236,12 @@ def examine(name: str, statistics: Path | None = None) -> DoctorReport:
     )
 
 
-def _outline(config: Any) -> ModelAdapter:
+def _outline(folder: Path, config: Any) -> ModelAdapter:
     """The model without its weights: modules, shapes and ties only."""
-    with torch.device("meta"):
-        return ModelAdapter.of(
-            auto_class(config).from_config(config, trust_remote_code=False)
-        )
+    with reading(folder, "the config"), torch.device("meta"):
+        model = auto_class(config).from_config(config, trust_remote_code=False)
+        model.tie_weights()  # which older transformers leaves to the weights
+    return ModelAdapter.of(model)
 
 
 def _edited_weights(adapter: ModelAdapter, checkpoint: Checkpoint) -> EditedWeights:

@@ -61,7 +61,7 @@ def read_config(folder: Path, checkpoint: Checkpoint) -> Any:
 
     # Asked first: transformers' own refusal of an unknown type does not help here.
     check_type(SimpleNamespace(**{"model_type": None, **checkpoint.config}))
-    with _reading(folder, "the config"):
+    with reading(folder, "the config"):
         config = AutoConfig.from_pretrained(folder, **_OPTIONS)
     resolve_architecture(config)
     return config
@@ -75,7 +75,7 @@ def read_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _reading(folder, "the tokenizer"):
+    with reading(folder, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **_OPTIONS)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # What transformers makes up for GPT-2 without files: it reads any text as "".
@@ -98,7 +98,7 @@ def load_model(folder: Path, config: Any, dtype: str, device: str) -> Any:
     if dtype not in list(Dtype):
         known = ", ".join(each.value for each in Dtype)
         raise UnifiedEditError(f"dtype {dtype!r}: expected one of {known}")
-    with _reading(folder, "the model"):
+    with reading(folder, "the model"):
         loaded: Any = auto_class(config).from_pretrained(
             folder,
             config=config,
@@ -151,7 +151,7 @@ class Source:
 
 
 @contextmanager
-def _reading(folder: Path, what: str) -> Iterator[None]:
+def reading(folder: Path, what: str) -> Iterator[None]:
     """What transformers raises for a broken folder, as one error of ours. It may be
     anything, also of the packages below it: only their calls belong in here."""
     try:
