@@ -365,8 +365,8 @@ def test_the_tests_of_a_type_are_its_own() -> None:
 def test_the_guide_shows_lines_of_the_tables() -> None:
     guide = (ROOT / "docs" / "how-to-add-an-architecture.md").read_text("utf-8")
     sources = "".join((ROOT / name).read_text("utf-8") for name in FILES)
-    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
-    assert blocks
+    blocks = re.findall(r"```text\n(.*?)```", guide, flags=re.DOTALL)
+    assert len(blocks) == 3
     for line in "".join(blocks).splitlines():
         assert f"{line}\n" in sources
 
