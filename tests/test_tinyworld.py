@@ -4,6 +4,7 @@ stand on."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ def trained(request: pytest.FixtureRequest, world: World) -> tuple[Any, ...]:
     assert preset is not None, "the embedded models have recipes of their own"
     statistics = world_statistics(model, tokenizer, world, preset, progress=False)
     return model, tokenizer, preset, statistics
+
+
+@pytest.fixture(scope="module")
+def trials(trained: tuple[Any, ...], world: World) -> Trials:
+    """Of all recipes: what was said before is asked once, and of every third fact."""
+    model, tokenizer, _, statistics = trained
+    return Trials(model, tokenizer, replace(world, facts=world.facts[::3]), statistics)
 
 
 def test_the_committed_data_is_what_the_generator_writes(
@@ -123,13 +131,9 @@ def test_facts_are_recalled_by_early_mlps_at_the_subject(
 
 @pytest.mark.parametrize("method", ["rome", "emmet", "memit", "alphaedit"])
 def test_edits_take_and_neighbours_stay(
-    trained: tuple[Any, ...], world: World, method: str
+    trained: tuple[Any, ...], trials: Trials, method: str
 ) -> None:
-    model, tokenizer, preset, statistics = trained
-    records = world.records[:10]
-    trial, _ = Trials(model, tokenizer, world, statistics).batch(
-        records, recipe(method, preset)
-    )
+    trial, _ = trials.batch(trials.world.records[:10], recipe(method, trained[2]))
     assert trial.scores.mean("es") == 1.0
     assert trial.scores.mean("ps") >= 0.85
     assert trial.scores.mean("ns") >= 0.95
