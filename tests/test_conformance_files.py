@@ -63,9 +63,10 @@ def test_live_patched_and_adapted_models_agree(built: Built, tmp_path: Path) -> 
     assert Checkpoint.open(patched.path).sha256() == sums
 
 
+SOME = ("gpt2", "gptj", "llama", "gemma2", "opt")
 HALVES = [
     *((name, torch.bfloat16) for name in FAMILIES),
-    *((name, torch.float16) for name in ("gpt2", "gptj", "llama", "gemma2", "opt")),
+    *((name, torch.float16) for name in SOME),
 ]
 
 
@@ -79,15 +80,17 @@ def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     with applied(model, result.update):
         live = logits_of(model, PROMPTS, tokenizer)
         changed = [
-            name
-            for name, tensor in model.state_dict().items()
-            if not torch.equal(tensor, state[name])
+            each
+            for each, tensor in model.state_dict().items()
+            if not torch.equal(tensor, state[each])
         ]
     assert bool(torch.isfinite(live).all())
     assert changed == [built.adapter.address(LAYER).tensor]
     assert_same_bits(model, state)
+    if name not in SOME:  # files know no families
+        return
     patched = patch(built.folder, result.update, out=tmp_path / "patched")
     again = load(patched.path, model)
     apply(model, result.update)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+    for tensor_name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[tensor_name], tensor), tensor_name

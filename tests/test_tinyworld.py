@@ -124,7 +124,8 @@ def test_facts_are_recalled_by_early_mlps_at_the_subject(
     finally:
         sys.path.remove(str(TINYWORLD))
     model, tokenizer, _, _ = trained
-    figures = report.measure(model, tokenizer, world, recall=False)
+    some = replace(world, facts=world.facts[::20], skills={})
+    figures = report.measure(model, tokenizer, some, recall=False)
     assert figures["probability"] > 0.8
     assert figures["mlps_0_to_1_ablated"] < 0.3
 
