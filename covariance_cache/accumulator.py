@@ -59,7 +59,7 @@ class SecondMomentAccumulator:
         self.d_key = d_key
         self.dtype = dtype
         self.count = 0
-        spans = [(i, min(i + _PANEL, d_key)) for i in range(0, d_key, _PANEL)]
+        spans = _spans(d_key)
         sizes = [(stop - start) * (d_key - start) for start, stop in spans]
         self._total = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         self._panels = [
@@ -250,3 +250,14 @@ def _full_precision() -> Iterator[None]:
     finally:
         for each, precision in zip(settings, saved, strict=True):
             each.fp32_precision = precision
+
+
+def _spans(d_key: int) -> list[tuple[int, int]]:
+    return [(i, min(i + _PANEL, d_key)) for i in range(0, d_key, _PANEL)]
+
+
+def total_bytes(d_key: int) -> int:
+    """Memory for the running total over keys of this width: float64 panels on and
+    right of the diagonal."""
+    sizes = ((stop - start) * (d_key - start) for start, stop in _spans(d_key))
+    return torch.float64.itemsize * sum(sizes)

@@ -25,6 +25,7 @@ from model_kit import (
     outputs_of,
     target_ids,
 )
+from test_ledger import begin
 from tokenizer_kit import STYLES, Pieces, styled_tokenizer
 from transformers import AutoTokenizer
 
@@ -538,18 +539,6 @@ def test_as_many_tokens_as_the_target_has_there() -> None:
 
 
 # The ledger
-
-
-def begin(tiny: Tiny, path: Path, wanted: Recipe) -> Ledger:
-    return Ledger.create(
-        path,
-        tiny.model,
-        tiny.tokenizer,
-        wanted,
-        tiny.statistics,
-        base="base",
-        statistics_folder="statistics",
-    )
 
 
 @pytest.fixture

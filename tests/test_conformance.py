@@ -16,7 +16,7 @@ from unified_edit import applied, emmet
 from unified_edit.edits import Edit
 from unified_edit.engine import edit
 from unified_edit.errors import RecipeError
-from unified_edit.model.adapter import Site
+from unified_edit.model.adapter import ModelAdapter, Site
 from unified_edit.model.descent import Targets, TargetSettings
 from unified_edit.model.keys import keys_at_subjects
 from unified_edit.model.prompts import Contexts
@@ -35,7 +35,7 @@ def at_subject(built: Built, chosen: Edit, module: torch.nn.Module) -> Tensor:
 
 def test_the_record_says_what_the_model_does(built: Built) -> None:
     model = built.family.make()
-    adapter = type(built.adapter).of(model)
+    adapter = ModelAdapter.of(model)
     record = adapter.architecture
     ids = list(range(2, 14))
     assert adapter.layer_count == LAYERS
@@ -139,7 +139,7 @@ def test_an_edit_makes_its_target_likelier(built: Built) -> None:
 
 def test_batches_of_one_and_of_many_agree(built: Built) -> None:
     model = built.family.make()
-    adapter = type(built.adapter).of(model)
+    adapter = ModelAdapter.of(model)
     settings = TargetSettings("block_output", steps=2, clamp=4.0)
 
     def targets(edits: list[Edit]) -> Tensor:

@@ -10,7 +10,11 @@ from model_kit import KINDS, LAYERS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
 
-from covariance_cache import StatisticsStore, model_fingerprint
+from covariance_cache import (
+    SecondMomentAccumulator,
+    StatisticsStore,
+    model_fingerprint,
+)
 from unified_edit import recipes
 from unified_edit.doctor import examine
 from unified_edit.errors import RecipeError
@@ -66,6 +70,8 @@ def test_facts_of_each_architecture(work):
         assert shown == stored and list(stored) == list(range(LAYERS))
         assert found.head == "lm_head" and found.wrapped is None
         weights = {p.data_ptr(): p.numel() for p in model.parameters()}
+        total = SecondMomentAccumulator(found.d_key)._total
+        assert found.collect_bytes == total.numel() * total.element_size()
         assert found.model_bytes == 4 * sum(weights.values())
         shape = found.shape[::-1] if kind == "gpt2" else found.shape
         assert (found.d_value, found.d_key) == shape

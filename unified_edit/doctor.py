@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from covariance_cache.__main__ import auto_class
+from covariance_cache.accumulator import total_bytes
 from covariance_cache.errors import StatisticsError
 from covariance_cache.fingerprint import tokenizer_fingerprint
 from covariance_cache.store import StatisticsStore
@@ -280,7 +281,7 @@ def _edited_weights(adapter: ModelAdapter, checkpoint: Checkpoint) -> EditedWeig
         head=head,
         tied_head=adapter.head.weight is embedding.weight,
         model_bytes=_FLOAT32 * sum(each.numel() for each in model.parameters()),
-        collect_bytes=_FLOAT32 * d_key**2 + _FLOAT32 * 512 * d_key,
+        collect_bytes=total_bytes(d_key),
         statistics_bytes=_FLOAT32 * d_key**2,
         solve_bytes=(_FLOAT32 + 2 * _FLOAT64) * d_key**2,
         update_bytes=_FLOAT32 * (d_key + d_value),
