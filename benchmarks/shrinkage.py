@@ -56,7 +56,7 @@ from covariance_cache.errors import CorpusExhausted
 from unified_edit.algebra.update import RankKUpdate
 from unified_edit.demo import FAMILIES, load
 from unified_edit.edits import Record
-from unified_edit.engine import EditResult, edit, prepare
+from unified_edit.engine import EditResult, edit
 from unified_edit.errors import IllConditioned, UnifiedEditError
 from unified_edit.evaluate.counterfact import CounterFactScores, evaluate_counterfact
 from unified_edit.evaluate.world import World
@@ -65,6 +65,7 @@ from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets
 from unified_edit.model.prompts import Contexts, generate_contexts
 from unified_edit.model.targets import optimize_targets
+from unified_edit.preparation import prepare
 from unified_edit.presets import PRESETS
 from unified_edit.recipes import Recipe, matching_preset, recipe
 

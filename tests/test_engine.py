@@ -31,7 +31,7 @@ from torch import Tensor
 from covariance_cache import KeyStatistics
 from unified_edit.algebra.update import UpdateSet
 from unified_edit.edits import Edit
-from unified_edit.engine import EditResult, edit, prepare
+from unified_edit.engine import EditResult, edit
 from unified_edit.errors import (
     EditError,
     IllConditioned,
@@ -43,6 +43,7 @@ from unified_edit.live import applied
 from unified_edit.model.descent import TargetSettings
 from unified_edit.model.prompts import Contexts
 from unified_edit.model.targets import optimize_targets
+from unified_edit.preparation import prepare
 from unified_edit.recipes import RECIPES, Recipe, recipe
 
 STEPS = 3
@@ -363,9 +364,9 @@ def test_weights_and_modes_are_restored_when_it_raises(tiny: Tiny) -> None:
     before = state_of(model)
     wanted = recipe("memit", layers=[0, 1], steps=STEPS)
     prepared = prepare(wanted, tiny.statistics)
-    objective, factorization = prepared.layers[1]
-    broken = replace(factorization, factor=factorization.factor * math.nan)
-    prepared.layers[1] = (objective, broken)
+    held = prepared.layers[1]
+    broken = replace(held.factorization, factor=held.factorization.factor * math.nan)
+    prepared.layers[1] = replace(held, factorization=broken)
     with pytest.raises(Exception):  # noqa: B017
         edit(
             model,

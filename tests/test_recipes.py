@@ -22,7 +22,13 @@ from unified_edit.errors import RecipeError
 from unified_edit.model.descent import TargetSettings
 from unified_edit.model.prompts import ContextSettings
 from unified_edit.presets import PRESETS
-from unified_edit.recipes import RECIPES, Recipe, matching_preset, recipe
+from unified_edit.recipes import (
+    RECIPES,
+    Recipe,
+    matching_preset,
+    preset_key,
+    recipe,
+)
 
 PUBLISHED = ("gpt2-xl", "gpt-j", "llama-2-7b", "llama-3-8b")
 
@@ -45,6 +51,7 @@ EMMET = [
     ((5,), 25, 0.5, 4.0, 1e-3),
     None,
 ]
+ENCORE = [MEMIT[0], None, *[((4, 5, 6, 7, 8), 25, 0.5, 0.75, 0.5)] * 2]
 MEMIT_WEIGHT = [20_000.0, 15_000.0, 15_000.0, 15_000.0]
 TABLE = {
     "rome": ROME,
@@ -54,6 +61,9 @@ TABLE = {
     "memit": MEMIT,
     "alphaedit": MEMIT,
     "emmet": EMMET,
+    "memit_seq": MEMIT,
+    "emmet_seq": EMMET,
+    "encore": ENCORE,
 }
 
 
@@ -80,6 +90,10 @@ def test_published_hyperparameters(name: str, preset: str) -> None:
     if name == "memit":
         weight = MEMIT_WEIGHT[PUBLISHED.index(preset)]
         assert found.preservation_weight == weight
+    if name == "encore":
+        stops = [(10.0, 4), None, (10.0, 3), (20.0, 2)]
+        stop = stops[PUBLISHED.index(preset)]
+        assert (found.ridge, found.targets.most_probable_stop) == stop
     if name == "alphaedit":
         assert found.null_space_threshold == 0.02 and not found.null_space_relative
         assert found.ridge == 10.0 and found.preservation_weight == 1.0
@@ -88,8 +102,7 @@ def test_published_hyperparameters(name: str, preset: str) -> None:
 def test_every_preset_builds_every_method_it_has() -> None:
     for preset, data in PRESETS.items():
         for name in RECIPES:
-            key = "rome" if "rome" in name else name
-            if key in data.settings:
+            if preset_key(name) in data.settings:
                 found = recipe(name, preset)
                 assert found.origin == data.origin
                 assert max(found.layers) < data.layers
@@ -108,7 +121,7 @@ def test_what_makes_each_method_itself() -> None:
     assert found["p_rome"].key_average == "clean"
     assert found["rome_original"].published_denominator
     assert replace(found["r_rome"], name="rome") == found["rome"]
-    for name in ("memit", "emmet", "alphaedit"):
+    for name in ("memit", "memit_seq", "emmet", "emmet_seq", "alphaedit", "encore"):
         assert found[name].targets.site == "block_output"
         assert found[name].key_average == "half"
         assert found[name].contexts.samples == tuple(
@@ -118,6 +131,13 @@ def test_what_makes_each_method_itself() -> None:
     assert found["emmet"].memorization == "equality"
     assert found["memit"].memorization == "least_squares"
     assert found["alphaedit"].preservation == "null_space"
+    looking_back = {name for name in found if found[name].earlier_weight}
+    assert looking_back == {"memit_seq", "emmet_seq", "alphaedit", "encore"}
+    for name in ("memit", "emmet"):
+        same = {"name": name, "earlier_weight": 0.0, "preservation_weight": 1.0}
+        alone = replace(found[f"{name}_seq"], **same)
+        assert alone == replace(found[name], preservation_weight=1.0)
+    assert found["encore"].targets.most_probable_stop and found["encore"].ridge
 
 
 def test_functions_are_the_same_as_names() -> None:
@@ -187,8 +207,9 @@ def test_objectives() -> None:
     memit = recipe("memit", layers=[1], preservation_weight=5.0).objective(moment)
     (term,) = memit.preservation.terms
     assert isinstance(term, SecondMoment) and term.matrix is moment
+    assert term.weight == 5.0
     assert isinstance(memit.memorization, LeastSquares)
-    assert memit.memorization.slacks(2) == (5.0, 5.0)
+    assert memit.memorization.slacks(2) == (1.0, 1.0)
 
     emmet = recipe("emmet", layers=[1], ridge=0.3).objective(moment)
     first, second = emmet.preservation.terms

@@ -36,9 +36,10 @@ from covariance_cache import (
     tokenizer_fingerprint,
 )
 from unified_edit.algebra.update import UpdateSet
-from unified_edit.engine import EditResult, edit, prepare
+from unified_edit.engine import EditResult, edit
 from unified_edit.errors import RecipeError
 from unified_edit.model.targets import optimize_targets
+from unified_edit.preparation import prepare
 from unified_edit.recipes import Recipe, recipe
 
 LAYER, STEPS = 1, 3

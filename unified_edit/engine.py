@@ -7,6 +7,7 @@ again when `edit` returns, however it returns.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,15 +22,13 @@ from covariance_cache import KeyStatistics
 from covariance_cache.capture import evaluating
 from covariance_cache.fingerprint import model_fingerprint
 from covariance_cache.ranks import ALONE, Ranks
-from covariance_cache.shrinkage import Shrinkage
 from covariance_cache.statistics import library_version
 from unified_edit.algebra.addition import added
-from unified_edit.algebra.certificate import Certificate
-from unified_edit.algebra.factorization import Factorization, factorize
-from unified_edit.algebra.objective import Objective
-from unified_edit.algebra.rounding import leading
+from unified_edit.algebra.certificate import Certificate, recertified
+from unified_edit.algebra.factorization import Factorization
+from unified_edit.algebra.regularize import Regularizer
 from unified_edit.algebra.solve import solve
-from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress
+from unified_edit.algebra.update import RankKUpdate, UpdateSet
 from unified_edit.edits import Edit, check_edits
 from unified_edit.errors import IllConditioned, RecipeError
 from unified_edit.model.adapter import ModelAdapter
@@ -37,8 +36,14 @@ from unified_edit.model.descent import Targets
 from unified_edit.model.frames import PLAIN
 from unified_edit.model.keys import hidden_at_subjects, keys_at_subjects
 from unified_edit.model.prompts import Contexts, generate_contexts
-from unified_edit.model.scoring import score
+from unified_edit.model.scoring import Score, score
 from unified_edit.model.targets import TargetStore, optimize_targets
+from unified_edit.preparation import (
+    Prepared,
+    check_prepared,
+    check_statistics,
+    prepare,
+)
 from unified_edit.recipes import Recipe
 from unified_edit.report import EditOutcome, EditReport, notes_on
 
@@ -49,41 +54,6 @@ class EditResult:
 
     update: UpdateSet
     report: EditReport
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Objectives and their factorizations, to be used for many batches of edits."""
-
-    recipe: Recipe
-    statistics: dict[int, str]
-    """Fingerprints of the statistics, by layer."""
-    layers: dict[int, tuple[Objective, Factorization]]
-    background: dict[int, Tensor]
-    """[m, d_key] leading directions of each layer's C, for rounding towards keys."""
-
-
-def prepare(
-    recipe: Recipe,
-    statistics: Mapping[int, KeyStatistics],
-    device: torch.device | str | None = None,
-) -> Prepared:
-    """Factors each layer's preservation once, in float64; `edit` takes it as
-    `prepared`. Worth it where several batches share a recipe and statistics.
-
-    Raises:
-        RecipeError: statistics of a layer are missing.
-        IllConditioned: C is not positive definite, even with jitter.
-    """
-    _check_present(recipe, statistics)
-    layers, background = {}, {}
-    for layer in recipe.layers:
-        second_moment = statistics[layer].regularized(device)
-        background[layer] = leading(second_moment)
-        objective = recipe.objective(second_moment)
-        layers[layer] = (objective, factorize(objective.preservation))
-    prints = {layer: statistics[layer].fingerprint() for layer in recipe.layers}
-    return Prepared(recipe, prints, layers, background)
 
 
 def edit(
@@ -138,7 +108,7 @@ def edit(
         if prepared is None:
             prepared = prepare(given, statistics, adapter.device)
         else:
-            _check_prepared(prepared, given, statistics)
+            check_prepared(prepared, given, statistics)
     with evaluating(model):
         with _timed(seconds, "contexts"):
             if contexts is None:
@@ -183,38 +153,25 @@ def edit(
                 f"{len(edits)} edits have keys {list(wide)}, not {list(keys.shape)}; "
                 "give those computed for these edits"
             )
-        updates: dict[WeightAddress, RankKUpdate] = {}
-        certificates: dict[int, Certificate] = {}
-        with _restoring(adapter, recipe.layers), _timed(seconds, "solve"):
-            for index, layer in enumerate(
-                tqdm(recipe.layers, desc="layers", disable=not progress)
-            ):
-                update, certificate = _edit_layer(
-                    adapter,
-                    tokenizer,
-                    edits,
-                    recipe,
-                    prepared,
-                    contexts,
-                    targets,
-                    layer,
-                    keys=None if index else keys,
-                    remaining=len(recipe.layers) - index,
-                )
-                updates[adapter.address(layer)] = update
-                certificates[layer] = certificate
-            after = score(adapter, tokenizer, prompts, wanted, frame=frame)
-    outcomes = tuple(
-        EditOutcome(
-            edit=e,
-            before=float(torch.tensor(-b.nll).exp()),
-            optimised=float(p),
-            after=float(torch.tensor(-a.nll).exp()),
-            says_target=a.argmax,
-            said_target=b.argmax,
-        )
-        for e, b, p, a in zip(edits, before, targets.probability, after, strict=True)
-    )
+        with _timed(seconds, "solve"):
+            solved = solve_layers(
+                adapter,
+                tokenizer,
+                edits,
+                recipe,
+                prepared,
+                contexts,
+                targets,
+                keys=keys,
+                progress=progress,
+            )
+            updates = {adapter.address(k): each.update for k, each in solved.items()}
+            certificates = {k: each.certificate for k, each in solved.items()}
+            with _restoring(adapter, recipe.layers):
+                for layer, each in solved.items():
+                    _add(adapter, layer, each.update)
+                after = score(adapter, tokenizer, prompts, wanted, frame=frame)
+    outcomes = outcomes_of(edits, before, targets, after)
     report = EditReport(
         recipe=recipe.name,
         origin=recipe.origin,
@@ -226,7 +183,23 @@ def edit(
         ),
         seconds=seconds,
     )
-    metadata = {
+    metadata = metadata_of(
+        fingerprint, recipe, prepared, statistics, contexts, seed, edits
+    )
+    return EditResult(UpdateSet(updates, metadata), report)
+
+
+def metadata_of(
+    fingerprint: str,
+    recipe: Recipe,
+    prepared: Prepared,
+    statistics: Mapping[int, KeyStatistics],
+    contexts: Contexts,
+    seed: int,
+    edits: Sequence[Edit],
+) -> dict[str, Any]:
+    """What an update says of how it came about."""
+    return {
         "base_fingerprint": fingerprint,
         "recipe": recipe.as_dict(),
         "statistics": {str(k): v for k, v in prepared.statistics.items()},
@@ -241,7 +214,78 @@ def edit(
         "edits": [e.as_dict() for e in edits],
         "version": library_version(),
     }
-    return EditResult(UpdateSet(updates, metadata), report)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSolution:
+    """One layer's share of an edit."""
+
+    update: RankKUpdate
+    """In float32, on the CPU, regularized if the recipe says so."""
+    certificate: Certificate
+    """Of that update."""
+    keys: Tensor
+    """[n, d_key] of the edits, in float64, where the factorization is."""
+
+
+def solve_layers(
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    recipe: Recipe,
+    prepared: Prepared,
+    contexts: Contexts,
+    targets: Targets,
+    *,
+    keys: Tensor | None = None,
+    progress: bool = False,
+) -> dict[int, LayerSolution]:
+    """Keys, residuals and solution of every layer, from the first to the last, each on
+    the model as the layers before it left it. The weights are the same bytes
+    afterwards.
+
+    Args:
+        recipe: with its targets' site resolved.
+        keys: of the first layer, if known.
+    """
+    found: dict[int, LayerSolution] = {}
+    with _restoring(adapter, recipe.layers):
+        for index, layer in enumerate(
+            tqdm(recipe.layers, desc="layers", disable=not progress)
+        ):
+            found[layer] = _edit_layer(
+                adapter,
+                tokenizer,
+                edits,
+                recipe,
+                prepared,
+                contexts,
+                targets,
+                layer,
+                keys=None if index else keys,
+                remaining=len(recipe.layers) - index,
+            )
+    return found
+
+
+def outcomes_of(
+    edits: Sequence[Edit],
+    before: Sequence[Score],
+    targets: Targets,
+    after: Sequence[Score],
+) -> tuple[EditOutcome, ...]:
+    """What became of each edit, by its scores on both sides."""
+    return tuple(
+        EditOutcome(
+            edit=e,
+            before=math.exp(-b.nll),
+            optimised=float(p),
+            after=math.exp(-a.nll),
+            says_target=a.argmax,
+            said_target=b.argmax,
+        )
+        for e, b, p, a in zip(edits, before, targets.probability, after, strict=True)
+    )
 
 
 def _edit_layer(
@@ -256,10 +300,10 @@ def _edit_layer(
     *,
     keys: Tensor | None,
     remaining: int,
-) -> tuple[RankKUpdate, Certificate]:
+) -> LayerSolution:
     """Solves one layer on the model as edited so far, and edits it."""
     average = recipe.key_average
-    objective, factorization = prepared.layers[layer]
+    factorization = prepared.layers[layer].factorization
     # Where the factor is: a layer may be on another device.
     device = factorization.factor.device
     if keys is None:
@@ -271,24 +315,26 @@ def _edit_layer(
         reached = keys_at_subjects(
             adapter, tokenizer, edits, contexts, layer, "clean"
         ).to(device)
-    scale = 1.0
+    share = 1.0
     if recipe.targets.site == "mlp_output":
         current = _value(adapter, layer, reached)
     else:
-        scale = adapter.residual_scale(layer)
+        share = adapter.residual_scale(layer)
         last = recipe.layers[-1]
         current = hidden_at_subjects(
             adapter, tokenizer, edits, last, contexts.frame
         ).to(device)
     missing = targets.values.to(device, torch.float64) - current
-    residuals = missing / (remaining * scale)
+    residuals = missing / (remaining * share)
     if recipe.published_denominator:
         residuals = _two_key_residuals(factorization, keys, reached, residuals)
+    weight = adapter.matrix(layer).to(device, torch.float64)
+    scale = None if prepared.scales is None else prepared.scales[layer]
     solution = solve(
-        objective,
+        prepared.objective(layer),
         keys=keys,
         residuals=residuals,
-        weight=adapter.matrix(layer).to(device, torch.float64),
+        weight=weight if scale is None else scale,
         factorization=factorization,
         names=[f"{e.text} → {e.target}" for e in edits],
     )
@@ -297,12 +343,30 @@ def _edit_layer(
     update = RankKUpdate(
         found.left, found.right, keys, prepared.background[layer].to(device)
     ).to(torch.float32)
+    _add(adapter, layer, update)
+    certificate = solution.certificate
+    regularizer = Regularizer.parse(recipe.regularizer)
+    if regularizer is not None:
+        # Later layers see the update as it was solved for: as published code has it.
+        update = regularizer(update, weight)
+        certificate = recertified(
+            certificate,
+            update.to(torch.float64),
+            keys=keys,
+            residuals=residuals,
+            weight=weight if scale is None else scale,
+            factorization=factorization,
+        )
+    return LayerSolution(update.to(device="cpu"), certificate, keys)
+
+
+def _add(adapter: ModelAdapter, layer: int, update: RankKUpdate) -> None:
+    """Adds an update to a layer's weight, in place."""
     address = adapter.address(layer)
     with torch.no_grad():
         weight = adapter.weight(layer)
         here = update.to(device=weight.device)
         weight.copy_(added(weight.detach(), here, transposed=address.transposed))
-    return update.to(device="cpu"), solution.certificate
 
 
 def _note_on_site(adapter: ModelAdapter, given: Recipe, site: str) -> list[str]:
@@ -341,64 +405,6 @@ def _two_key_residuals(
         )
     rescaled: Tensor = gram @ solved
     return rescaled
-
-
-def _check_present(recipe: Recipe, statistics: Mapping[int, KeyStatistics]) -> None:
-    missing = [layer for layer in recipe.layers if layer not in statistics]
-    if missing:
-        raise RecipeError(
-            f"{recipe.name} edits layers {list(recipe.layers)}; there are no key "
-            f"statistics of {missing}. Collect them with python -m covariance_cache"
-        )
-
-
-def _check_prepared(
-    prepared: Prepared, recipe: Recipe, statistics: Mapping[int, KeyStatistics]
-) -> None:
-    prints = {layer: statistics[layer].fingerprint() for layer in recipe.layers}
-    if prepared.recipe != recipe or prepared.statistics != prints:
-        raise RecipeError(
-            f"{recipe.name}: `prepared` was made for another recipe or other "
-            "statistics; call prepare() with these"
-        )
-
-
-def check_statistics(
-    adapter: ModelAdapter,
-    recipe: Recipe,
-    statistics: Mapping[int, KeyStatistics],
-    fingerprint: str,
-) -> None:
-    """Refuses statistics that are not this model's, or too few to be used.
-
-    Raises:
-        RecipeError: naming the layer, and what is there and what is needed.
-    """
-    _check_present(recipe, statistics)
-    for layer in recipe.layers:
-        found = statistics[layer]
-        if found.layer != layer:
-            raise RecipeError(
-                f"layer {layer}: the statistics given for it are layer {found.layer}'s"
-            )
-        d_key = adapter.matrix(layer).shape[1]
-        if found.d_key != d_key:
-            raise RecipeError(
-                f"layer {layer}: keys have {d_key} dimensions, the statistics "
-                f"{found.d_key}; they are another model's"
-            )
-        if found.count < d_key and found.shrinkage == Shrinkage():
-            raise RecipeError(
-                f"layer {layer}: the statistics count {found.count} keys of {d_key} "
-                f"dimensions, so C is singular; collect at least {d_key} tokens, "
-                f"better {10 * d_key}, or use them with shrinkage"
-            )
-        made_for = found.provenance.model_fingerprint
-        if fingerprint not in (made_for, found.accepted_for):
-            raise RecipeError(
-                f"layer {layer}: the statistics were collected on the model "
-                f"{made_for}, this one is {fingerprint}; collect them on this one"
-            )
 
 
 @contextmanager

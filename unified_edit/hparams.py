@@ -391,7 +391,10 @@ def _of_block_methods(
             0.1 if "alg_name" in fields.values else _MISSING,
             zero=True,
         )
-        changes["ridge"] = fields.number("update_norm_lambda", 0, zero=True) / weight
+        # Theirs is (wC + μI)⁻¹ beside λ_D, ours is in units of an edit's squared miss.
+        scale = slack or 1 / weight
+        norm = fields.number("update_norm_lambda", 0, zero=True)
+        changes["ridge"] = norm * scale
         if slack:
             changes["memorization"] = "least_squares"
             changes["preservation_weight"] = weight * slack
@@ -407,7 +410,7 @@ def _of_block_methods(
         raise fields.refusal(
             "update_norm_lambda",
             "0: their codes disagree whether MEMIT has it; where it has, it is "
-            "ridge = update_norm_lambda / mom2_update_weight",
+            "ridge = update_norm_lambda",
         )
     if fields.take("emmet_lambda", None) is not None:
         notes.append("emmet_lambda: EMMET's alone")
@@ -418,8 +421,8 @@ def _of_block_methods(
     changes["ridge"] = fields.number("L2")
     notes.append("mom2_update_weight: AlphaEdit does not look at it")
     notes.append(
-        "keys of earlier batches are not carried over from call to call; pass all "
-        "edits at once"
+        "keys of earlier batches are not carried over from call to call; an "
+        "EditSession does that, or pass all edits at once"
     )
     return notes
 

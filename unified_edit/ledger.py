@@ -32,7 +32,7 @@ from unified_edit.checkpoint.files import (
     write_json,
 )
 from unified_edit.edits import Edit, check_edits
-from unified_edit.engine import EditResult, check_statistics, edit
+from unified_edit.engine import EditResult, edit
 from unified_edit.errors import LedgerError, UnifiedEditError
 from unified_edit.ledger_entries import (
     Entry,
@@ -50,6 +50,7 @@ from unified_edit.model.frames import PLAIN
 from unified_edit.model.keys import keys_at_subjects
 from unified_edit.model.prompts import Contexts, generate_contexts
 from unified_edit.model.targets import optimize_targets
+from unified_edit.preparation import check_statistics
 from unified_edit.recipes import Recipe
 
 FORMAT = "unified-edit/ledger/1"

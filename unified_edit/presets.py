@@ -34,6 +34,7 @@ def _table(
     memit: dict[str, Any],
     emmet: dict[str, Any] | None,
     alphaedit: dict[str, Any] | None = None,
+    encore: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     # AlphaEdit takes MEMIT's settings, but for λ: its null space stands in for it.
     inherited = {k: v for k, v in memit.items() if k != "preservation_weight"}
@@ -44,6 +45,8 @@ def _table(
     }
     if emmet is not None:
         table["emmet"] = emmet
+    if encore is not None:
+        table["encore"] = {**memit, **encore}
     return table
 
 
@@ -66,6 +69,7 @@ _TINY_NULL_SPACE: dict[str, Any] = {
     "null_space_relative": True,
     "ridge": 0.1,
 }
+_TINY_ENCORE: dict[str, Any] = {"ridge": 0.1, "most_probable_stop": 3}
 
 PRESETS: dict[str, Preset] = {
     "gpt2-xl": Preset(
@@ -81,6 +85,7 @@ PRESETS: dict[str, Preset] = {
                 "preservation_weight": 20_000.0,
             },
             emmet={"layers": (17,), "steps": 20},
+            encore={"ridge": 10.0, "most_probable_stop": 4},
         ),
         "published",
         _PUBLISHED,
@@ -111,6 +116,13 @@ PRESETS: dict[str, Preset] = {
                 "weight_decay": 1e-3,
             },
             emmet={"layers": (5,), "clamp": 4.0, "weight_decay": 1e-3},
+            # Its code has other settings for Llama than MEMIT's own.
+            encore={
+                "clamp": 0.75,
+                "weight_decay": 0.5,
+                "ridge": 10.0,
+                "most_probable_stop": 3,
+            },
         ),
         "published",
         _PUBLISHED,
@@ -124,6 +136,11 @@ PRESETS: dict[str, Preset] = {
             rome={"layers": (5,), "steps": 25, "weight_decay": 1e-3},
             memit={"layers": tuple(range(4, 9)), "learning_rate": 0.1},
             emmet=None,
+            encore={
+                "learning_rate": 0.5,
+                "ridge": 20.0,
+                "most_probable_stop": 2,
+            },
         ),
         "published",
         _PUBLISHED,
@@ -143,6 +160,7 @@ PRESETS: dict[str, Preset] = {
             },
             emmet={"layers": (0,), "learning_rate": 0.4, **_TINY},
             alphaedit=_TINY_NULL_SPACE,
+            encore=_TINY_ENCORE,
         ),
         "tuned here",
         "benchmarks/quality.py",
@@ -162,6 +180,7 @@ PRESETS: dict[str, Preset] = {
             },
             emmet={"layers": (0,), "learning_rate": 0.1, **_TINY},
             alphaedit=_TINY_NULL_SPACE,
+            encore=_TINY_ENCORE,
         ),
         "tuned here",
         "benchmarks/quality.py",

@@ -8,6 +8,7 @@ docs/how-to-add-a-recipe.md shows how to add one.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,6 +27,7 @@ from unified_edit.algebra.objective import (
     Ridge,
     SecondMoment,
 )
+from unified_edit.algebra.regularize import Regularizer
 from unified_edit.errors import RecipeError
 from unified_edit.model.adapter import text_config
 from unified_edit.model.descent import TargetSettings
@@ -56,10 +58,13 @@ class Recipe:
     memorization: Literal["equality", "least_squares"]
     preservation: Literal["second_moment", "null_space"] = "second_moment"
     preservation_weight: float = 1.0
-    """λ: how many background keys an edit's squared miss is worth. Equality has no
-    use for it."""
+    """λ: how many background keys C stands for, against one edit. Equality minds it
+    only beside a ridge or earlier keys, a null space not at all."""
+    earlier_weight: float = 0.0
+    """What an earlier edit of a sequence counts for, against one of the present: 1 in
+    what is published, 0 for methods that do not look back."""
     ridge: float = 0.0
-    """μ: cost of ‖Δ‖_F², AlphaEdit's L2."""
+    """μ: cost of ‖Δ‖_F², against one edit's squared miss; AlphaEdit's L2."""
     null_space_threshold: float = 0.02
     """Eigenvalues of C below it span the null space."""
     null_space_relative: bool = False
@@ -67,6 +72,9 @@ class Recipe:
     published_denominator: bool = False
     """ROME's published code: the averaged key under C⁻¹, the bare prompt's in the
     denominator and the current value. Only to study the edits it breaks."""
+    regularizer: str = "none"
+    """What acts on the finished update: `rect:0.4`, `prune:1.2`, `norm:0.5`, as
+    `algebra.regularize` reads it."""
     origin: Origin = "unvalidated"
     """Whether these hyperparameters are published, tuned in this project, or neither
     for this model."""
@@ -95,15 +103,23 @@ class Recipe:
             )
         if self.published_denominator and self.memorization != "equality":
             raise RecipeError(f"{self.name}: published_denominator needs equality")
-        if self.memorization == "least_squares" and not self.preservation_weight > 0:
+        if not self.preservation_weight > 0:
             raise RecipeError(f"{self.name}: preservation_weight must be positive")
+        if not 0 <= self.earlier_weight < math.inf:
+            raise RecipeError(f"{self.name}: earlier_weight must be ≥ 0, and finite")
+        Regularizer.parse(self.regularizer)
         if self.ridge < 0 or (self.preservation == "null_space" and self.ridge == 0):
             raise RecipeError(
                 f"{self.name}: ridge must be ≥ 0, and positive with a null space"
             )
 
-    def objective(self, second_moment: Tensor) -> Objective:
-        """The objective for one layer's C [d_key, d_key], the mean of k kᵀ."""
+    def preserve(self, second_moment: Tensor) -> Preservation:
+        """What is preserved at one layer but for earlier edits: λC + μI, or the null
+        space of C and μI.
+
+        Args:
+            second_moment: C [d_key, d_key], the mean of k kᵀ.
+        """
         preservation: Preservation
         if self.preservation == "null_space":
             preservation = NullSpace.of(
@@ -112,15 +128,18 @@ class Recipe:
                 relative=self.null_space_relative,
             )
         else:
-            preservation = SecondMoment(second_moment)
-        if self.ridge:
-            preservation = preservation + Ridge(self.ridge)
-        memorization: Memorization = (
-            Equality()
-            if self.memorization == "equality"
-            else LeastSquares(preservation_weight=self.preservation_weight)
-        )
-        return Objective(preservation, memorization)
+            preservation = SecondMoment(second_moment, weight=self.preservation_weight)
+        return preservation + Ridge(self.ridge) if self.ridge else preservation
+
+    def objective(self, second_moment: Tensor) -> Objective:
+        """The objective for one layer's C, without earlier edits."""
+        return Objective(self.preserve(second_moment), self.memorize())
+
+    def memorize(self) -> Memorization:
+        """How exactly edits must hold: ρ = 0, or 1 in units of an edit's miss."""
+        if self.memorization == "equality":
+            return Equality()
+        return LeastSquares(preservation_weight=1.0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON data. Of contexts, chat is said only where it is so."""
@@ -213,12 +232,23 @@ RECIPES: dict[str, dict[str, Any]] = {
         "key_average": "half",
         "memorization": "least_squares",
         "preservation": "null_space",
-        "preservation_weight": 1.0,
+        "earlier_weight": 1.0,
         "ridge": 10.0,
     },
 }
 """What makes each method itself. `r_rome` is ROME as its paper has it: one key."""
 RECIPES["r_rome"] = RECIPES["rome"]
+RECIPES["memit_seq"] = {**RECIPES["memit"], "earlier_weight": 1.0}
+RECIPES["emmet_seq"] = {
+    **RECIPES["emmet"],
+    "earlier_weight": 1.0,
+    "preservation_weight": 15_000.0,
+}
+RECIPES["encore"] = {
+    **RECIPES["memit_seq"],
+    "targets": replace(_BLOCK, most_probable_stop=3),
+    "ridge": 10.0,
+}
 
 
 def recipe(method: str, preset: str | None = None, **changes: Any) -> Recipe:
@@ -244,7 +274,7 @@ def recipe(method: str, preset: str | None = None, **changes: Any) -> Recipe:
         chosen = PRESETS.get(preset)
         if chosen is None:
             raise RecipeError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-        key = "rome" if "rome" in method else method
+        key = preset_key(method)
         if key not in chosen.settings:
             raise RecipeError(
                 f"there are no hyperparameters of {method} for {preset}; name the "
@@ -269,6 +299,11 @@ def recipe(method: str, preset: str | None = None, **changes: Any) -> Recipe:
     inside = {k: v for k, v in changes.items() if k in inner}
     settings["targets"] = replace(settings["targets"], **inside)
     return Recipe(name=method, origin=origin, source=source, **settings)
+
+
+def preset_key(method: str) -> str:
+    """Under which name presets have a method's hyperparameters."""
+    return "rome" if "rome" in method else method.removesuffix("_seq")
 
 
 def in_chat(chosen: Recipe) -> Recipe:
@@ -328,3 +363,21 @@ def emmet(preset: str | None = None, **changes: Any) -> Recipe:
 def alphaedit(preset: str | None = None, **changes: Any) -> Recipe:
     """AlphaEdit (Fang et al. 2025, eq. 14): least squares in C's null space."""
     return recipe("alphaedit", preset, **changes)
+
+
+def memit_seq(preset: str | None = None, **changes: Any) -> Recipe:
+    """MEMIT whose solve knows the keys of a sequence's earlier edits; alone it is
+    MEMIT. AlphaEdit's and ENCORE's papers compare with it."""
+    return recipe("memit_seq", preset, **changes)
+
+
+def emmet_seq(preset: str | None = None, **changes: Any) -> Recipe:
+    """EMMET whose solve knows the keys of a sequence's earlier edits; alone it is
+    EMMET."""
+    return recipe("emmet_seq", preset, **changes)
+
+
+def encore(preset: str | None = None, **changes: Any) -> Recipe:
+    """ENCORE (Gupta et al. 2025): MEMIT with earlier keys, a ridge on each update, and
+    targets that stop once they are the most probable tokens."""
+    return recipe("encore", preset, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,26 @@ from torch import Tensor
 from unified_edit.algebra.factorization import Factorization
 from unified_edit.algebra.objective import NullSpace, Preservation, SecondMoment
 from unified_edit.algebra.update import RankKUpdate
+
+
+@dataclass(frozen=True)
+class WeightScale:
+    """What a certificate is relative to: `of` the weight, or of another one, such as a
+    sequence's unedited one."""
+
+    norm: float
+    """‖W‖_F"""
+    mean_square: float | None
+    """tr(WCWᵀ): the mean square of background values; None when no C is known."""
+
+    @classmethod
+    def of(cls, weight: Tensor, preservation: Preservation) -> WeightScale:
+        """Of W [d_value, d_key], in its dtype."""
+        moment = mean_second_moment(preservation)
+        square = None
+        if moment is not None:
+            square = float(((weight @ moment.to(weight.dtype)) * weight).sum())
+        return cls(float(weight.norm()), square)
 
 
 @dataclass(frozen=True)
@@ -73,14 +94,78 @@ def certify(
     *,
     keys: Tensor,
     residuals: Tensor,
-    weight: Tensor | None,
+    scale: WeightScale | None,
     factorization: Factorization,
     form: str,
     condition_number: float,
     redundant: tuple[int, ...],
-    leverage: Tensor,
+    leverage: Sequence[float],
 ) -> Certificate:
     """Measures an update against what was asked; all tensors in the solve's dtype."""
+    errors, total = _residual_errors(update, keys, residuals)
+    norm = update.norm()
+    damage = background_change(update, factorization.preservation)
+    if damage is not None and scale is not None and scale.mean_square is not None:
+        damage = _ratio(damage, scale.mean_square)
+    return Certificate(
+        n=len(errors),
+        form=form,
+        redundant=redundant,
+        relative_residual_error=total,
+        residual_errors=tuple(errors),
+        worst_edit=max(range(len(errors)), key=errors.__getitem__),
+        preservation_damage=damage,
+        damage_is_relative=scale is not None,
+        condition_number=condition_number,
+        preservation_condition=factorization.condition_number,
+        jitter=factorization.jitter.absolute,
+        relative_jitter=factorization.jitter.relative,
+        norm=norm,
+        relative_norm=None if scale is None else _ratio(norm, scale.norm),
+        leverage=tuple(leverage),
+    )
+
+
+def recertified(
+    certificate: Certificate,
+    update: RankKUpdate,
+    *,
+    keys: Tensor,
+    residuals: Tensor,
+    weight: Tensor | WeightScale,
+    factorization: Factorization,
+) -> Certificate:
+    """The certificate of a solution that was changed afterwards: what depends on the
+    update is measured anew, the rest is the solve's."""
+    if isinstance(weight, Tensor):
+        weight = WeightScale.of(weight, factorization.preservation)
+    return certify(
+        update,
+        keys=keys,
+        residuals=residuals,
+        scale=weight,
+        factorization=factorization,
+        form=certificate.form,
+        condition_number=certificate.condition_number,
+        redundant=certificate.redundant,
+        leverage=certificate.leverage,
+    )
+
+
+def background_change(update: RankKUpdate, preservation: Preservation) -> float | None:
+    """tr(ΔCΔᵀ), the mean squared change of background values; None without a C."""
+    moment = mean_second_moment(preservation)
+    if moment is None:
+        return None
+    moment = moment.to(update.left.dtype)
+    inner = (update.left.T @ update.left) * (update.right @ moment @ update.right.T)
+    return float(inner.sum())
+
+
+def _residual_errors(
+    update: RankKUpdate, keys: Tensor, residuals: Tensor
+) -> tuple[list[float], float]:
+    """Each edit's, and ‖ΔK − R‖ / ‖R‖ of all."""
     misses = (keys @ update.right.T) @ update.left.T - residuals
     lengths = residuals.norm(dim=1)
     total = float(residuals.norm())
@@ -91,32 +176,7 @@ def certify(
             misses.norm(dim=1).tolist(), lengths.tolist(), strict=True
         )
     ]
-    norm = update.norm()
-    moment = mean_second_moment(factorization.preservation)
-    damage = None
-    if moment is not None:
-        moment = moment.to(keys.dtype)
-        inner = (update.left.T @ update.left) * (update.right @ moment @ update.right.T)
-        damage = float(inner.sum())
-        if weight is not None:
-            damage = _ratio(damage, float(((weight @ moment) * weight).sum()))
-    return Certificate(
-        n=len(errors),
-        form=form,
-        redundant=redundant,
-        relative_residual_error=_ratio(float(misses.norm()), total),
-        residual_errors=tuple(errors),
-        worst_edit=max(range(len(errors)), key=errors.__getitem__),
-        preservation_damage=damage,
-        damage_is_relative=weight is not None,
-        condition_number=condition_number,
-        preservation_condition=factorization.condition_number,
-        jitter=factorization.jitter.absolute,
-        relative_jitter=factorization.jitter.relative,
-        norm=norm,
-        relative_norm=None if weight is None else _ratio(norm, float(weight.norm())),
-        leverage=tuple(leverage.tolist()),
-    )
+    return errors, _ratio(float(misses.norm()), total)
 
 
 def mean_second_moment(preservation: Preservation) -> Tensor | None:

@@ -5,16 +5,18 @@ preservation, and used for every batch.
     L Lᵀ = Uᵀ A U,           M = U (L Lᵀ)⁻¹ Uᵀ
 
 Neither A⁻¹ nor M is formed. A key k becomes the row h = L⁻¹ Uᵀ k, with h hᵀ = kᵀ M k.
+Keys of earlier edits are added by `extended`, which factors nothing anew.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from unified_edit.algebra.extension import Extension, extended
 from unified_edit.algebra.linalg import (
     JITTER_LADDER,
     Jitter,
@@ -47,7 +49,10 @@ class Factorization:
     jitter: Jitter
     """What was added to the diagonal of Uᵀ A U."""
     condition_number: float
-    """Of Uᵀ A U, in the 1-norm; an estimate from below, seldom off by more than 3."""
+    """Of Uᵀ A U, in the 1-norm; an estimate from below, seldom off by more than 3. Of
+    what was factored: keys that `extended` added are not in it."""
+    extension: Extension | None = None
+    """Keys added since."""
 
     @property
     def rank(self) -> int:
@@ -69,14 +74,44 @@ class Factorization:
         """Rows h = L⁻¹ Uᵀ k [n, r] of keys [n, d_key]; H Hᵀ = K M Kᵀ."""
         inside = keys if self.basis is None else keys @ self.basis
         rows: Tensor = torch.linalg.solve_triangular(self.factor, inside.T, upper=False)
-        return rows.T
+        return rows.T if self.extension is None else self.extension.apply(rows.T)
 
     def unwhiten(self, rows: Tensor) -> Tensor:
         """rows · L⁻¹ Uᵀ [m, d_key] of rows [m, r]; `unwhiten(whiten(K))` is K M."""
+        inside = self.backward(rows)
+        return inside if self.basis is None else inside @ self.basis.T
+
+    def backward(self, rows: Tensor) -> Tensor:
+        """rows · L⁻¹ [m, r] of rows [m, r]: `unwhiten` within the free directions."""
+        if self.extension is not None:
+            rows = self.extension.apply_transposed(rows)
         inside: Tensor = torch.linalg.solve_triangular(
             self.factor, rows, upper=False, left=False
         )
-        return inside if self.basis is None else inside @ self.basis.T
+        return inside
+
+    def extended(self, previous: PreviousKeys) -> Factorization:
+        """The factorization of this preservation and further keys, in O(m d) of
+        operations for each key, m of them added so far; the factor is shared.
+
+        Args:
+            previous: by `keys`, not by their second moment.
+
+        Raises:
+            RecipeError: a term without keys, or of another d_key.
+        """
+        if previous.keys is None or previous.keys.shape[1] != self.d_key:
+            raise RecipeError(
+                f"a factorization of d_key = {self.d_key} is extended by keys "
+                f"[n, {self.d_key}]"
+            )
+        keys = previous.keys.to(self.factor)
+        whitened = previous.weight**0.5 * self.whiten(keys)
+        return replace(
+            self,
+            preservation=self.preservation + previous,
+            extension=extended(self.extension, whitened),
+        )
 
 
 @torch.no_grad()
@@ -144,13 +179,13 @@ def _add_cost(matrix: Tensor, term: Preservation, basis: Tensor | None) -> None:
     elif isinstance(term, PreviousKeys) and term.keys is not None:
         keys = term.keys.to(matrix.dtype)
         keys = keys if basis is None else keys @ basis
-        matrix.addmm_(keys.T, keys)
+        matrix.addmm_(keys.T, keys, alpha=term.weight)
     elif isinstance(term, SecondMoment | PreviousKeys):
         if isinstance(term, SecondMoment):
             moment, weight = term.matrix, term.weight
         else:
             assert term.second_moment is not None
-            moment, weight = term.second_moment, 1.0
+            moment, weight = term.second_moment, term.weight
         moment = moment.to(matrix.dtype)
         moment = moment if basis is None else basis.T @ moment @ basis
         # The mean with the mirror image, so that rounding of C stays symmetric.

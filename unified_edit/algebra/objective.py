@@ -69,14 +69,17 @@ class SecondMoment(Preservation):
 
 @dataclass(frozen=True, eq=False)
 class PreviousKeys(Preservation):
-    """Cost Σ ‖Δ k‖² over the keys of earlier edits: tr(Δ C_p Δᵀ)."""
+    """Cost weight · Σ ‖Δ k‖² over the keys of earlier edits: weight · tr(Δ C_p Δᵀ)."""
 
     second_moment: Tensor | None = None
     """C_p [d_key, d_key], the *sum* of k kᵀ; or else give `keys`."""
     keys: Tensor | None = None
     """[m, d_key]"""
+    weight: float = 1.0
+    """How many of the edits to be made one of them counts for."""
 
     def __post_init__(self) -> None:
+        _check_positive(self.weight, "the weight of PreviousKeys")
         if (self.second_moment is None) == (self.keys is None):
             raise RecipeError("PreviousKeys takes either second_moment or keys")
         if self.second_moment is not None:

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unified_edit.algebra.certificate import Certificate, certify
+from unified_edit.algebra.certificate import Certificate, WeightScale, certify
 from unified_edit.algebra.factorization import Factorization, factorize
 from unified_edit.algebra.feasibility import redundant_edits
 from unified_edit.algebra.linalg import cholesky_with_jitter, condition_estimate
@@ -52,7 +52,7 @@ def solve(
     *,
     keys: Tensor,
     residuals: Tensor,
-    weight: Tensor | None = None,
+    weight: Tensor | WeightScale | None = None,
     factorization: Factorization | None = None,
     dtype: torch.dtype = torch.float64,
     form: Form = "auto",
@@ -64,7 +64,8 @@ def solve(
         objective: what to preserve and how exactly to memorise.
         keys: K [n, d_key], floating point; converted to `dtype`.
         residuals: R [n, d_value], what Δ should add to each key's value.
-        weight: W [d_value, d_key], only to make the certificate relative.
+        weight: W [d_value, d_key], only to make the certificate relative; or what it
+            is relative to, if known.
         factorization: of the same preservation, to factor once for many batches.
         dtype: of the solve and of the update: float64, or float32.
         form: "auto" takes what needs fewer operations. Both share the factorization
@@ -90,12 +91,13 @@ def solve(
     def label(edit: int) -> str:
         return f"edit {edit}" if names is None else f"edit {edit} ({names[edit]!r})"
 
-    n = _check_shapes(keys, residuals, weight, names, factorization)
+    seen = weight if isinstance(weight, Tensor) else None
+    n = _check_shapes(keys, residuals, seen, names, factorization)
     for what, rows in (("key", keys), ("residual", residuals)):
         bad = (~torch.isfinite(rows).all(dim=1)).nonzero()[:, 0].tolist()
         if bad:
             raise NonFiniteError(f"the {what} of {label(bad[0])} is not finite")
-    if weight is not None and not bool(torch.isfinite(weight).all()):
+    if seen is not None and not bool(torch.isfinite(seen).all()):
         raise NonFiniteError("the weight holds NaN or infinity")
 
     keys, residuals = keys.to(dtype), residuals.to(dtype)
@@ -124,16 +126,18 @@ def solve(
             "objective are too large or too small for it"
         )
     update = RankKUpdate(left.contiguous(), right.contiguous())
+    if isinstance(weight, Tensor):
+        weight = WeightScale.of(weight.detach().to(dtype), objective.preservation)
     certificate = certify(
         update,
         keys=keys,
         residuals=residuals,
-        weight=None if weight is None else weight.detach().to(dtype),
+        scale=weight,
         factorization=factorization,
         form=chosen,
         condition_number=condition,
         redundant=redundant,
-        leverage=whitened.square().sum(1),
+        leverage=whitened.square().sum(1).tolist(),
     )
     return Solution(update, certificate)
 
@@ -189,10 +193,7 @@ def _by_dimension(
     if d_value <= rank:
         identity = torch.eye(d_value, dtype=rows.dtype, device=rows.device)
         return identity, factorization.unwhiten(rows), condition
-    inside = torch.linalg.solve_triangular(
-        factorization.factor, rows, upper=False, left=False
-    )
-    return inside, factorization.directions(), condition
+    return factorization.backward(rows), factorization.directions(), condition
 
 
 def _choose_form(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from covariance_cache import KeyStatistics
 from unified_edit.edits import Record
-from unified_edit.engine import EditResult, Prepared, edit, prepare
+from unified_edit.engine import EditResult, edit
 from unified_edit.evaluate.counterfact import CounterFactScores, evaluate_counterfact
 from unified_edit.evaluate.world import World
 from unified_edit.live import applied
@@ -20,6 +20,7 @@ from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets
 from unified_edit.model.prompts import Contexts, generate_contexts
 from unified_edit.model.targets import optimize_targets
+from unified_edit.preparation import Prepared, prepare
 from unified_edit.recipes import Recipe
 
 UNRELATED = 100
