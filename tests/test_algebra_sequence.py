@@ -250,7 +250,7 @@ def test_small_updates_are_left_as_they_are() -> None:
     weight, small = normal(D_VALUE, D_KEY, seed=7), an_update(2, scale=1e-3)
     for text in ("prune:1.2", "norm:0.5"):
         rule = Regularizer.parse(text)
-        assert rule is not None and rule.of_the_whole
+        assert rule is not None and rule.when != "step"
         assert difference(rule(small, weight).dense(), small.dense()) < 1e-12
 
 
@@ -273,7 +273,7 @@ def test_rect_keeps_changes_of_what_was_zero() -> None:
     weight[0, 0] = 0
     update = RankKUpdate(update.left[:2], update.right[:, :3])
     rule = Regularizer.parse("rect:0.2")
-    assert rule is not None and not rule.of_the_whole
+    assert rule is not None and rule.when == "step"
     found = rule(update, weight).dense()
     assert found[0, 0] == update.dense()[0, 0]
     assert int((found != 0).sum()) == 1

@@ -8,7 +8,6 @@ again when `edit` returns, however it returns.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,7 +44,7 @@ from unified_edit.preparation import (
     prepare,
 )
 from unified_edit.recipes import Recipe
-from unified_edit.report import EditOutcome, EditReport, notes_on
+from unified_edit.report import EditOutcome, EditReport, notes_on, timed
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +103,13 @@ def edit(
     fingerprint = model_fingerprint(model)
     seconds: dict[str, float] = {}
     check_statistics(adapter, recipe, statistics, fingerprint)
-    with _timed(seconds, "factorize"):
+    with timed(seconds, "factorize"):
         if prepared is None:
             prepared = prepare(given, statistics, adapter.device)
         else:
             check_prepared(prepared, given, statistics)
     with evaluating(model):
-        with _timed(seconds, "contexts"):
+        with timed(seconds, "contexts"):
             if contexts is None:
                 # One process samples: another machine's rounding could say otherwise.
                 mine = (
@@ -128,7 +127,7 @@ def edit(
         prompts, wanted = [e.text for e in edits], [e.target for e in edits]
         frame = contexts.frame
         before = score(adapter, tokenizer, prompts, wanted, frame=frame)
-        with _timed(seconds, "targets"):
+        with timed(seconds, "targets"):
             if targets is None:
                 targets = optimize_targets(
                     adapter,
@@ -153,7 +152,7 @@ def edit(
                 f"{len(edits)} edits have keys {list(wide)}, not {list(keys.shape)}; "
                 "give those computed for these edits"
             )
-        with _timed(seconds, "solve"):
+        with timed(seconds, "solve"):
             solved = solve_layers(
                 adapter,
                 tokenizer,
@@ -417,10 +416,3 @@ def _restoring(adapter: ModelAdapter, layers: Sequence[int]) -> Iterator[None]:
         with torch.no_grad():
             for layer, original in originals.items():
                 adapter.weight(layer).copy_(original)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    begun = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - begun

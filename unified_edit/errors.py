@@ -56,3 +56,7 @@ class CheckpointMismatch(CheckpointError):
 
 class LedgerError(UnifiedEditError):
     """A ledger cannot be read, changed or solved."""
+
+
+class SessionError(UnifiedEditError):
+    """A session's file cannot be read or written, or does not fit the model."""

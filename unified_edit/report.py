@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,6 +78,14 @@ class EditReport:
                 f"{found.condition_number:.2g}, jitter {found.relative_jitter:.1g}"
             )
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the wall time inside to a stage's."""
+    begun = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
 
 
 def notes_on(

@@ -6,8 +6,9 @@
 | `prune:1.2` | PRUNE: singular values σ above W's largest s become log_b(σ/s) + s |
 | `norm:0.5` | scales it down to ‖ΔW‖ ≤ .5 ‖W‖ |
 
-RECT acts on each step's update, relative to the weight as it is. PRUNE and the norm cap
-act on the whole change since the unedited model, relative to the unedited weight.
+In a sequence of edits RECT acts on each step's update, relative to the weight as it is.
+The norm cap and PRUNE act on the whole change, relative to the unedited weight: the cap
+after each step, PRUNE once, at the end.
 
 Sources: Gu et al. 2024 (RECT); Ma et al. 2024 (PRUNE), whose condition and formula are
 those of its code: once, at the end, W = W₀ + ΔW'.
@@ -24,6 +25,12 @@ from torch import Tensor
 
 from unified_edit.algebra.update import RankKUpdate
 from unified_edit.errors import RecipeError
+
+_WHEN: dict[str, Literal["step", "total", "end"]] = {
+    "rect": "step",
+    "norm": "total",
+    "prune": "end",
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,10 @@ class Regularizer:
         return cls(kind, value)  # type: ignore[arg-type]
 
     @property
-    def of_the_whole(self) -> bool:
-        """Whether it acts on the change since the unedited model, not on a step's."""
-        return self.kind != "rect"
+    def when(self) -> Literal["step", "total", "end"]:
+        """On what of a sequence it acts: each step's update, the whole change after
+        each step, or the whole change once, at the end."""
+        return _WHEN[self.kind]
 
     @torch.no_grad()
     def __call__(self, update: RankKUpdate, weight: Tensor) -> RankKUpdate:

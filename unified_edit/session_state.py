@@ -1,0 +1,220 @@
+"""The state of a sequence of edits, explicit, never changed in place, and its file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from unified_edit.algebra.update import RankKUpdate
+from unified_edit.edits import Edit
+from unified_edit.errors import SessionError, UnifiedEditError
+from unified_edit.guard import Guard, Readings
+from unified_edit.model.prompts import Contexts
+from unified_edit.recipes import Recipe
+from unified_edit.report import EditReport
+
+FORMAT = "unified-edit/session/1"
+Decision = Literal["accepted", "warned", "shrunk", "refused"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """What a sequence has done to one layer."""
+
+    change: RankKUpdate | None
+    """W_t − W₀ in float32, on the CPU; None before the first edit."""
+    square: float = 0.0
+    """‖W_t − W₀‖²"""
+    damage: float | None = 0.0
+    """tr(ΔCΔᵀ) of it; None without a C."""
+    folded: Tensor | None = None
+    """[d_key, d_key] sum of k kᵀ over the earlier keys that are not held one by one."""
+    recent: tuple[Tensor, ...] = ()
+    """[n, d_key] of each step since, in float64."""
+
+    @property
+    def length(self) -> float:
+        """‖W_t − W₀‖"""
+        return math.sqrt(max(self.square, 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceState:
+    """All that a sequence's next step depends on, but for the model, the tokenizer, the
+    statistics and the held-out text."""
+
+    base_fingerprint: str
+    """Of the unedited model."""
+    recipe: Recipe
+    statistics: Mapping[int, str]
+    """Fingerprints, by layer."""
+    contexts: Contexts
+    seed: int
+    guard: Guard
+    layers: Mapping[int, LayerState]
+    edits: tuple[Edit, ...] = ()
+    """That were accepted, in their order; a later one of the same prompt stands for an
+    earlier one."""
+    steps: int = 0
+    """That were tried."""
+    refused: int = 0
+    perplexity: tuple[float, float] | None = None
+    """Of the unedited model on held-out text, and after the last step."""
+
+    @property
+    def standing(self) -> list[Edit]:
+        """The edits that no later one replaced, in their order."""
+        last = {edit.text: edit for edit in self.edits}
+        return [edit for edit in self.edits if last[edit.text] is edit]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one safetensors file, whole or not at all; same state, same bytes.
+
+        Raises:
+            SessionError: it cannot be written.
+        """
+        path = Path(path)
+        tensors: dict[str, Tensor] = {}
+        sizes: dict[str, list[int]] = {}
+        sums: dict[str, tuple[float, float | None]] = {}
+        for layer, state in self.layers.items():
+            if state.change is not None:
+                tensors[f"{layer}/left"] = state.change.left.cpu().contiguous()
+                tensors[f"{layer}/right"] = state.change.right.cpu().contiguous()
+            if state.folded is not None:
+                tensors[f"{layer}/folded"] = state.folded.cpu().contiguous()
+            if state.recent:
+                tensors[f"{layer}/recent"] = torch.cat(state.recent).cpu()
+            sizes[str(layer)] = [len(keys) for keys in state.recent]
+            sums[str(layer)] = (state.square, state.damage)
+        header = {
+            "format": FORMAT,
+            "base_fingerprint": self.base_fingerprint,
+            "recipe": self.recipe.as_dict(),
+            "statistics": {str(k): v for k, v in self.statistics.items()},
+            **self.contexts.as_dict(),
+            "seed": self.seed,
+            "guard": self.guard.as_dict(),
+            "recent": sizes,
+            "sums": sums,
+            "edits": [edit.as_dict() for edit in self.edits],
+            "steps": self.steps,
+            "refused": self.refused,
+            "perplexity": self.perplexity,
+        }
+        text = json.dumps(header, sort_keys=True, ensure_ascii=False)
+        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with staged.open("wb") as file:
+                file.write(save(tensors, {"unified_edit": text}))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staged, path)
+        except OSError as error:
+            raise SessionError(
+                f"{path}: cannot be written: {error.strerror}"
+            ) from error
+        finally:
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> SequenceState:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            SessionError: missing, not a session, or damaged.
+        """
+        try:
+            if not Path(path).is_file():
+                raise SessionError("no such file")
+            with safe_open(str(path), framework="pt") as file:
+                data = json.loads((file.metadata() or {}).get("unified_edit", "{}"))
+                if not isinstance(data, dict) or data.get("format") != FORMAT:
+                    raise SessionError(f"not a session file of format {FORMAT!r}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            layers = {
+                int(name): _layer_state(name, tensors, data) for name in data["recent"]
+            }
+            if tensors:
+                raise SessionError(f"holds tensors of no layer: {sorted(tensors)}")
+            recipe = Recipe.from_dict(data["recipe"])
+            if {*recipe.layers} != layers.keys():
+                raise SessionError("its layers are not those of its recipe")
+            perplexity = data["perplexity"]
+            return cls(
+                data["base_fingerprint"],
+                recipe,
+                {int(k): v for k, v in data["statistics"].items()},
+                Contexts.from_dict(data),
+                data["seed"],
+                Guard(**data["guard"]),
+                layers,
+                tuple(Edit(**each) for each in data["edits"]),
+                data["steps"],
+                data["refused"],
+                None if perplexity is None else (perplexity[0], perplexity[1]),
+            )
+        except OSError as error:
+            raise SessionError(f"{path}: cannot be read: {error.strerror}") from error
+        except (
+            *(UnifiedEditError, SafetensorError, ValueError, KeyError, TypeError),
+            *(AttributeError, IndexError, RuntimeError, RecursionError),
+        ) as error:
+            raise SessionError(f"{path}: not a session: {error}") from error
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a sequence: what was asked, what became of it."""
+
+    edits: tuple[Edit, ...]
+    decision: Decision
+    reasons: tuple[str, ...]
+    """What was beyond the guard's limits; empty for an accepted step."""
+    scale: float
+    """Share of the update that was made; 0 if it was refused."""
+    readings: Readings | None
+    """Of the update as it was made, or as it was when it was refused; None if there was
+    none, because no system could be solved."""
+    report: EditReport | None
+    """As `edit` gives it, of the model after the step; None if there was no update."""
+    seconds: Mapping[str, float]
+    """Wall time of targets, solve (keys and residuals too), guard (held-out text and
+    earlier edits), and the rest."""
+
+    @property
+    def made(self) -> bool:
+        """Whether the model was changed."""
+        return self.decision != "refused"
+
+
+def _layer_state(
+    name: str, tensors: dict[str, Tensor], data: Mapping[str, Any]
+) -> LayerState:
+    """Takes a layer's tensors out of `tensors`."""
+    left, right = tensors.pop(f"{name}/left", None), tensors.pop(f"{name}/right", None)
+    if (left is None) != (right is None):
+        raise SessionError(f"layer {name} lacks one of its factors")
+    recent = tensors.pop(f"{name}/recent", None)
+    sizes = data["recent"][name]
+    if sum(sizes) != (0 if recent is None else len(recent)):
+        raise SessionError(f"layer {name}: its keys are not as many as its header says")
+    return LayerState(
+        None if left is None or right is None else RankKUpdate(left, right),
+        *data["sums"][name],
+        tensors.pop(f"{name}/folded", None),
+        () if recent is None else tuple(recent.split(sizes)),
+    )
