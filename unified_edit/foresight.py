@@ -1,9 +1,9 @@
-"""What an update would do to a sequence's layers, known before it is written: from the
-solution, the sums so far and the statistics alone."""
+"""What is known of a step: before it is written, from the solution, the sums so far and
+the statistics alone; afterwards, from what the edited model says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from unified_edit.algebra.regularize import Regularizer
 from unified_edit.algebra.update import RankKUpdate
 from unified_edit.engine import LayerSolution
 from unified_edit.guard import Readings
+from unified_edit.model.scoring import Score
 from unified_edit.preparation import Prepared
 from unified_edit.session_state import LayerState
 
@@ -75,6 +76,29 @@ def foresee(
         damage=max(damages, default=None),
         total_damage=max(totals, default=None),
     )
+
+
+def measured(
+    readings: Readings,
+    held: Sequence[Score],
+    perplexity: float | None,
+    known: tuple[float, float] | None,
+) -> Readings:
+    """With what only the edited model tells.
+
+    Args:
+        held: of sampled edits that held before the step.
+        perplexity: on held-out text.
+        known: the same of the unedited model, and before the step.
+    """
+    if perplexity is not None and known is not None:
+        readings = replace(
+            readings, canary=perplexity / known[1], total_canary=perplexity / known[0]
+        )
+    if held:
+        share = sum(score.argmax for score in held) / len(held)
+        readings = replace(readings, retention=share)
+    return readings
 
 
 def _inner(change: RankKUpdate, one: RankKUpdate, moment: Tensor | None) -> float:

@@ -75,7 +75,7 @@ class Guard:
     canary: float | None = 1.1
     total_canary: float | None = 2.0
     retention: float | None = 0.75
-    sample: int = 16
+    sample: int = 8
     """Earlier edits that are asked at each step."""
 
     def __post_init__(self) -> None:
@@ -105,6 +105,11 @@ class Guard:
                 found[name] = f"{words} is {value:.3g}, at {bound} {limit:g}"
         return found
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether held-out text must be read at each step."""
+        return self.canary is not None or self.total_canary is not None
+
     def helped_by_less(self, broken: dict[str, str]) -> bool:
         """Whether a smaller update could be within the limits."""
         return not set(broken) & set(_FIXED)
@@ -114,5 +119,5 @@ class Guard:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
-OFF = Guard(**dict.fromkeys(_WORDS), on_limit="warn", sample=0)  # type: ignore[arg-type]
+OFF = Guard(**dict.fromkeys(_WORDS), on_limit="warn", sample=0)
 """No limits, nothing measured but what the solution says."""

@@ -34,7 +34,7 @@ from unified_edit.engine import (
     solve_layers,
 )
 from unified_edit.errors import IllConditioned, NonFiniteError, SessionError
-from unified_edit.foresight import foresee
+from unified_edit.foresight import foresee, measured
 from unified_edit.guard import SMALLEST, Guard, Readings
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Targets
@@ -205,9 +205,7 @@ class EditSession:
     def revert(self) -> None:
         """The unedited weights, bit for bit. The state stays: `fork` and `save` still
         work, `step` goes on from it."""
-        with torch.no_grad():
-            for layer, original in self._originals.items():
-                self._adapter.weight(layer).copy_(original)
+        self._put(self._originals)
 
     @property
     def drift(self) -> dict[int, float]:
@@ -359,6 +357,11 @@ class EditSession:
             seconds,
         )
 
+    def skip(self, edits: Sequence[Edit], reason: str) -> Step:
+        """Counts a step that could not be tried, such as edits that contradict each
+        other, as a refused one."""
+        return self._refuse(edits, (reason,), None, {})
+
     def _refuse(
         self,
         edits: Sequence[Edit],
@@ -383,7 +386,8 @@ class EditSession:
         guard = self.state.guard
         weights = {k: self._adapter.weight(k).detach().clone() for k in solved}
         originals = {layer: self._original(layer) for layer in solved}
-        scale, first = 1.0, ()
+        scale = 1.0
+        first: tuple[str, ...] = ()
         while True:
             with timed(seconds, "guard"):
                 layers, readings = foresee(
@@ -399,41 +403,24 @@ class EditSession:
                     with timed(seconds, "guard"):
                         scores = self._score([*edits, *holding])
                         perplexity = self._perplexity()
-                    readings = self._measured(
-                        readings, scores[len(edits) :], perplexity
-                    )
+                    held, known = scores[len(edits) :], self.state.perplexity
+                    readings = measured(readings, held, perplexity, known)
                     broken = guard.broken(readings)
                 except NonFiniteError as error:
                     broken = {"finite": str(error)}
+                except BaseException:
+                    self._put(weights)
+                    raise
             made = not broken or (guard.on_limit == "warn" and "finite" not in broken)
             if made:
                 break
-            with torch.no_grad():
-                for layer, weight in weights.items():
-                    self._adapter.weight(layer).copy_(weight)
-            if guard.on_limit != "shrink" or scale <= SMALLEST:
-                break
-            if not guard.helped_by_less(broken):
+            self._put(weights)
+            smaller = guard.on_limit == "shrink" and scale > SMALLEST
+            if not (smaller and guard.helped_by_less(broken)):
                 break
             first = first or tuple(broken.values())
             scale /= 2
         return _Tried(made, scale, layers, readings, broken, first, scores, perplexity)
-
-    def _measured(
-        self, readings: Readings, held: Sequence[Score], perplexity: float | None
-    ) -> Readings:
-        """With what only the edited model tells."""
-        known = self.state.perplexity
-        if perplexity is not None and known is not None:
-            readings = replace(
-                readings,
-                canary=perplexity / known[1],
-                total_canary=perplexity / known[0],
-            )
-        if held:
-            share = sum(score.argmax for score in held) / len(held)
-            readings = replace(readings, retention=share)
-        return readings
 
     def _sample(self, edits: Sequence[Edit]) -> list[Edit]:
         """Some of the standing edits, but for those that are made anew; the same for
@@ -445,16 +432,14 @@ class EditSession:
         return chosen.sample(known, min(state.guard.sample, len(known)))
 
     def _score(self, edits: Sequence[Edit]) -> list[Score]:
-        return score(
-            self._adapter,
-            self.tokenizer,
-            [edit.text for edit in edits],
-            [edit.target for edit in edits],
-            frame=self.state.contexts.frame,
-        )
+        prompts, targets = [e.text for e in edits], [e.target for e in edits]
+        frame = self.state.contexts.frame
+        return score(self._adapter, self.tokenizer, prompts, targets, frame=frame)
 
     def _perplexity(self) -> float | None:
-        return None if self._canary is None else self._canary.perplexity(self._adapter)
+        if self._canary is None or not self.state.guard.reads_text:
+            return None
+        return self._canary.perplexity(self._adapter)
 
     def _scale(self, layer: int) -> WeightScale:
         assert self._prepared.scales is not None
@@ -492,8 +477,12 @@ class EditSession:
             transposed = self._adapter.address(layer).transposed
             here = change.to(device=original.device)
             results[layer] = added(original, here, transposed=transposed)
-        for layer, result in results.items():
-            self._adapter.weight(layer).copy_(result)
+        self._put(results)
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[int, Tensor]) -> None:
+        for layer, weight in weights.items():
+            self._adapter.weight(layer).copy_(weight)
 
 
 @dataclass(frozen=True, eq=False)

@@ -205,6 +205,7 @@ def _layer_state(
     name: str, tensors: dict[str, Tensor], data: Mapping[str, Any]
 ) -> LayerState:
     """Takes a layer's tensors out of `tensors`."""
+    square, damage = data["sums"][name]
     left, right = tensors.pop(f"{name}/left", None), tensors.pop(f"{name}/right", None)
     if (left is None) != (right is None):
         raise SessionError(f"layer {name} lacks one of its factors")
@@ -214,7 +215,8 @@ def _layer_state(
         raise SessionError(f"layer {name}: its keys are not as many as its header says")
     return LayerState(
         None if left is None or right is None else RankKUpdate(left, right),
-        *data["sums"][name],
+        square,
+        damage,
         tensors.pop(f"{name}/folded", None),
-        () if recent is None else tuple(recent.split(sizes)),
+        () if recent is None else torch.split(recent, sizes),
     )

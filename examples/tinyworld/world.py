@@ -230,6 +230,8 @@ def write(folder: Path, *, record_count: int = 250, seed: int = SEED) -> None:
             for name, r in RELATIONS.items()
         },
         "facts": [[f.subject, f.relation, f.object] for f in world.facts],
+        "paraphrase_prefixes": PARAPHRASE_PREFIXES,
+        "edit_templates": EDIT_TEMPLATES,
     }
     made = records(world, record_count, seed)
     edits = [

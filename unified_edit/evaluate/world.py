@@ -25,6 +25,14 @@ class World:
     """(subject, relation, object)"""
     templates: dict[str, tuple[str, ...]]
     """relation → prompts with `{}` for the subject"""
+    kinds: dict[str, str]
+    """relation → kind of its subjects"""
+    objects: dict[str, tuple[str, ...]]
+    """relation → what its facts' objects are drawn from"""
+    edit_templates: int
+    """As many templates of a relation, the first, serve edits, the rest paraphrases."""
+    paraphrase_prefixes: tuple[str, ...]
+    """Sentences that stand before paraphrases."""
     skills: dict[str, tuple[tuple[str, str], ...]]
     """skill → (prompt, answer)"""
     records: tuple[Record, ...]
@@ -52,6 +60,12 @@ class World:
                     name: tuple(relation["templates"])
                     for name, relation in data["relations"].items()
                 },
+                kinds={n: str(each["kind"]) for n, each in data["relations"].items()},
+                objects={
+                    n: tuple(each["objects"]) for n, each in data["relations"].items()
+                },
+                edit_templates=int(data["edit_templates"]),
+                paraphrase_prefixes=tuple(data["paraphrase_prefixes"]),
                 skills={name: tuple(pairs) for name, pairs in skills.items()},
                 records=tuple(read_records(folder / "records.json")),
                 corpus=folder / "corpus.txt",
@@ -83,7 +97,7 @@ class World:
         """(prompt, answer) of the other facts about the records' subjects."""
         edited = {(record.edit.subject, record.relation) for record in records}
         subjects = {subject for subject, _ in edited}
-        return self._prompts(
+        return self.prompts(
             fact
             for fact in self.facts
             if fact[0] in subjects and fact[:2] not in edited
@@ -92,7 +106,7 @@ class World:
     def unrelated(self, records: Sequence[Record]) -> list[tuple[str, str]]:
         """(prompt, answer) of all facts about other subjects."""
         subjects = {record.edit.subject for record in records}
-        return self._prompts(fact for fact in self.facts if fact[0] not in subjects)
+        return self.prompts(fact for fact in self.facts if fact[0] not in subjects)
 
     def retention(
         self, model: nn.Module, tokenizer: Any, prompts: Sequence[tuple[str, str]]
@@ -100,8 +114,9 @@ class World:
         """Share of (prompt, answer) that the model completes greedily."""
         return _said(model, tokenizer, prompts)
 
-    def _prompts(self, facts: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
-        # Templates take turns, so that each is as frequent as the others.
+    def prompts(self, facts: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
+        """(prompt, answer) of facts; templates take turns, so that each is as frequent
+        as the others."""
         return [
             (fill(self.templates[r][i % len(self.templates[r])], s)[0], o)
             for i, (s, r, o) in enumerate(facts)
