@@ -635,7 +635,14 @@ def test_the_commands_in_chat(place: Workplace) -> None:
     assert made["recipe"]["contexts"]["chat"] is True
     frame = UpdateSet.load(place.update).metadata["frame"]
     assert frame["before"] == "<s>Q: " and frame["after"] == "\nA:"
-    score = ["evaluate", place.model, place.records, "--update", place.update]
+    score = [
+        "evaluate",
+        "counterfact",
+        place.model,
+        place.records,
+        "--update",
+        place.update,
+    ]
     inside = answer(*score, "--chat", "--no-generations")
     outside = answer(*score, "--no-generations")
     assert inside["before"] != outside["before"]
@@ -658,7 +665,7 @@ def test_commands_without_a_template_refuse_chat(plain_place: Workplace) -> None
     start += ["--model", place.model, "--recipe", "memit", "--layers", "0-1"]
     for arguments in (
         [*place.editing(), "--chat"],
-        ["evaluate", place.model, place.records, "--chat"],
+        ["evaluate", "counterfact", place.model, place.records, "--chat"],
         [*start, "--statistics", place.statistics],
     ):
         assert "has no chat template; edit without chat" in refusal(

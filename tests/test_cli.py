@@ -71,10 +71,11 @@ def test_the_whole_way_and_back(place):
     assert checked["compared_with_base"] > 2
 
     # Files and live model agree to the bit, and so do their scores.
-    scored = answer("evaluate", place.model, place.records, "--update", place.update)
+    score = ["evaluate", "counterfact"]
+    scored = answer(*score, place.model, place.records, "--update", place.update)
     assert scored["records"] == len(RECORDS)
     assert scored["after"]["em"] != scored["before"]["em"]
-    again = answer("evaluate", out, place.records)
+    again = answer(*score, out, place.records)
     assert again["before"] == scored["after"] and again["after"] is None
 
     taken = answer("revert", out)
@@ -140,7 +141,10 @@ def test_terminal_output(place):
         ([*place.editing(limit=1), "--force"], ["memit (unvalidated)", "wrote"]),
         (["patch", place.model, place.update, "--out", out], ["patched, update 1"]),
         (["verify", out, "--base", place.model], ["intact", "compared"]),
-        (["evaluate", out, place.records], ["metric", "es", "records: 2"]),
+        (
+            ["evaluate", "counterfact", out, place.records],
+            ["metric", "es", "records: 2"],
+        ),
         (["revert", out], ["update 1 taken back", "updates left: 0"]),
     ):
         result = run(*arguments)
@@ -151,7 +155,14 @@ def test_terminal_output(place):
 
 def test_evaluate_limits_skips_and_writes_each_record(gpt2):
     rows = gpt2.path / "rows.jsonl"
-    arguments = ["evaluate", gpt2.model, gpt2.records, "--per-record", rows]
+    arguments = [
+        "evaluate",
+        "counterfact",
+        gpt2.model,
+        gpt2.records,
+        "--per-record",
+        rows,
+    ]
     scored = answer(*arguments, "--update", gpt2.update, "--no-generations")
     assert "rewrite_generation" not in scored["before"]
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -165,6 +176,87 @@ def test_evaluate_limits_skips_and_writes_each_record(gpt2):
     assert "rewrite_generation" in alone["before"]
     assert json.loads(rows.read_text())["after"] is None
     assert not list(gpt2.path.glob(".*.tmp"))
+
+
+def test_evaluate_tells_how_far_means_may_be_off(gpt2, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    score = ["evaluate", "counterfact", gpt2.model, gpt2.records, "--no-generations"]
+    found = answer(*score, "--update", gpt2.update)
+    for side in ("before", "after"):
+        assert found["intervals"][side].keys() == found[side].keys()
+        # Two records: a mean of the one twice, of both, of the other twice.
+        low, high = found["intervals"][side]["em"]
+        assert low < found[side]["em"] < high
+    assert answer(*score)["intervals"]["after"] is None
+    shown = run(*score, "--update", gpt2.update).stdout
+    low, high = found["intervals"]["after"]["em"]
+    cell = f"{found['after']['em']:.3f} [{low:.2f}, {high:.2f}]"
+    change = f"{found['after']['em'] - found['before']['em']:+.3f}"
+    (line,) = [each for each in shown.splitlines() if "│ em " in each]
+    assert cell in line and change in line
+
+
+def test_evaluate_sampled_texts(gpt2):
+    entries = json.loads(gpt2.records.read_text())
+    for number, entry in enumerate(entries):
+        entry["generation_prompts"] = ["Ada Lovelace's town", "In Oslo, letters"]
+        entry["requested_rewrite"]["relation_id"] = "P1"
+        entry["requested_rewrite"]["target_new"]["id"] = f"Q{number}"
+    gpt2.records.write_text(json.dumps(entries))
+    texts = gpt2.path / "attribute_snippets.json"
+    samples = [{"name": "Ada", "text": "Ada Lovelace's letters of the town of Oslo"}]
+    known = {"relation_id": "P1", "target_id": "Q0", "samples": samples}
+    texts.write_text(json.dumps([known]))
+    rows = gpt2.path / "rows.jsonl"
+    score = ["evaluate", "counterfact", gpt2.model, gpt2.records, "--no-generations"]
+    plain = answer(*score)["before"]
+    asked = [*score, "--entropy", 30, "--references", texts]
+    found = answer(*asked, "--per-record", rows, "--force")
+    assert found["before"].keys() - plain == {"generation_entropy", "reference_score"}
+    assert 0 < found["before"]["generation_entropy"] < 5
+    one, two = [json.loads(line)["before"] for line in rows.read_text().splitlines()]
+    assert 0 < one["reference_score"] < 1 and two["reference_score"] is None
+    assert found["before"]["reference_score"] == one["reference_score"]
+    assert answer(*asked)["before"] == found["before"]
+    assert answer(*asked, "--seed", 1)["before"] != found["before"]
+    assert "96 positions" in refusal(gpt2.path, *score, "--entropy", 100)
+    refused = refusal(gpt2.path, *score, "--references", texts)
+    assert "add --entropy" in refused
+
+
+def test_evaluate_zsre(gpt2):
+    file = gpt2.path / "zsre.json"
+    entry = {
+        "src": "Where does Ada Lovelace live?",
+        "subject": "Ada Lovelace",
+        "rephrase": "Ada Lovelace lives where?",
+        "alt": "New York",
+        "answers": ["London"],
+        "loc": "nq question: where does Ada Lovelace live",
+        "loc_ans": "in New York, Lyon and Cairo, her friends say",
+    }
+    file.write_text(json.dumps([entry, {**entry, "alt": "Oslo"}]))
+    rows = gpt2.path / "rows.jsonl"
+    score = ["evaluate", "zsre", gpt2.model, file]
+    found = answer(*score, "--update", gpt2.update, "--per-record", rows)
+    assert found["records"] == 2
+    metrics = {"s", "efficacy", "paraphrase", "specificity"}
+    assert found["before"].keys() == metrics == found["intervals"]["before"].keys()
+    assert found["after"].keys() == metrics | {"agreement"}
+    assert found["intervals"]["after"].keys() == found["after"].keys()
+    after = [json.loads(line)["after"] for line in rows.read_text().splitlines()]
+    agreement = sum(each["agreement"] for each in after) / 2
+    assert agreement == found["after"]["agreement"] < 1
+    alone = answer(*score, "--limit", 1, "--answer", "answers")
+    assert alone["records"] == 1 and alone["after"] is None
+    shown = run(*score, "--update", gpt2.update).stdout
+    assert "agreement" in shown and "records: 2" in shown
+    for arguments, message in (
+        ([*score, "--answer", "pred"], "expected alt or answers"),
+        (["evaluate", "zsre", gpt2.model, gpt2.records], "field 'alt'"),
+        ([*score, "--per-record", rows], "exists already"),
+    ):
+        assert message in refusal(gpt2.path, *arguments)
 
 
 def test_verify_reports_damage_and_fails(gpt2):
@@ -351,7 +443,7 @@ def test_a_patch_is_not_made_twice_from_one_base(gpt2):
 def test_bad_evaluations(originals, gpt2):
     empty = gpt2.path / "empty.json"
     empty.write_text("[]")
-    score = ["evaluate", gpt2.model, gpt2.records]
+    score = ["evaluate", "counterfact", gpt2.model, gpt2.records]
     foreign = UpdateSet(
         {
             address: RankKUpdate(each.left * 0, each.right)
@@ -360,9 +452,12 @@ def test_bad_evaluations(originals, gpt2):
         UpdateSet.load(gpt2.update).metadata,
     ).save(gpt2.path / "zero.safetensors")
     for arguments, message in (
-        (["evaluate", gpt2.model, empty], "no records"),
-        (["evaluate", gpt2.model, "none.json"], "none.json: cannot be read"),
-        (["evaluate", gpt2.model, gpt2.edits], "requested_rewrite"),
+        (["evaluate", "counterfact", gpt2.model, empty], "no records"),
+        (
+            ["evaluate", "counterfact", gpt2.model, "none.json"],
+            "none.json: cannot be read",
+        ),
+        (["evaluate", "counterfact", gpt2.model, gpt2.edits], "requested_rewrite"),
         ([*score, "--update", originals["llama"].update], "made for the model"),
         ([*score, "--update", foreign], "changes nothing"),
         ([*score, "--per-record", empty], "exists already"),
@@ -373,7 +468,14 @@ def test_bad_evaluations(originals, gpt2):
 
 def test_a_file_that_cannot_be_written_in_the_end(gpt2):
     blocked = gpt2.path / ("x" * 252)  # its own name fits, the staged one does not
-    arguments = ["evaluate", gpt2.model, gpt2.records, "--per-record", blocked]
+    arguments = [
+        "evaluate",
+        "counterfact",
+        gpt2.model,
+        gpt2.records,
+        "--per-record",
+        blocked,
+    ]
     assert "cannot be written" in refusal(gpt2.path, *arguments)
 
 
@@ -406,6 +508,9 @@ def test_help_is_complete_and_light():
     for command in COMMANDS:
         assert f" {command} " in result.stdout
         assert run(command, "--help").exit_code == 0
+    for metrics in ("counterfact", "zsre"):
+        assert f" {metrics} " in run("evaluate", "--help").stdout
+        assert run("evaluate", metrics, "--help").exit_code == 0
     code = (
         "import sys, typer.testing, unified_edit.cli as cli\n"
         "result = typer.testing.CliRunner().invoke(cli.app, ['edit', '--help'])\n"

@@ -44,7 +44,12 @@ RECORDS = [
         case_id=4,
     ),
 ]
-FIELDS = [name for name in RecordScores.__dataclass_fields__ if name != "case_id"]
+SAMPLED = {"generation_entropy", "reference_score"}  # in test_generations.py
+FIELDS = [
+    name
+    for name in RecordScores.__dataclass_fields__
+    if name != "case_id" and name not in SAMPLED
+]
 
 
 class PlainScorer:
@@ -186,6 +191,20 @@ def test_metrics_that_no_record_has_are_absent() -> None:
     plain = scores.as_dict()
     assert "ps" not in plain and "s" not in plain and plain["es"] == 1
     assert scores.per_record()[0]["ps"] is None
+
+
+def test_every_mean_has_its_interval(gpt2: Tiny) -> None:
+    scores = evaluate_counterfact(gpt2.model, gpt2.tokenizer, RECORDS)
+    found = scores.intervals()
+    assert {name: each.mean for name, each in found.items()} == scores.as_dict()
+    assert list(found) == list(scores.as_dict()) and "s" in found
+    # Margins differ from record to record.
+    assert found["em"].low < found["em"].mean < found["em"].high
+    assert found == scores.intervals(seed=0)
+    # ES, PS and NS of the same records: s cannot leave what they allow.
+    parts = [found[name] for name in ("es", "ps", "ns")]
+    assert min(p.low for p in parts) <= found["s"].low
+    assert found["s"].high <= max(p.high for p in parts)
 
 
 def test_generations_can_be_left_out(gpt2: Tiny) -> None:

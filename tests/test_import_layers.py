@@ -36,8 +36,13 @@ ASSEMBLY = tuple(
         "recipes",
         "hparams",
         "live",
+        "preparation",
         "report",
         "engine",
+        "foresight",
+        "guard",
+        "session",
+        "session_state",
         "target_cache",
     )
 )
@@ -92,8 +97,12 @@ ROWS = {
                 f"unified_edit.{name}"
                 for name in (
                     "cli",
+                    "cli_evaluate",
                     "cli_files",
                     "cli_ledger",
+                    "cli_report",
+                    "cli_sequential",
+                    "cli_tasks",
                     "console",
                     "demo",
                     "display",
@@ -110,7 +119,11 @@ ROWS = {
 EXTRA = {
     "unified_edit.algebra.linalg": {"scipy"},
     "unified_edit.algebra.update": {"safetensors"},
+    "unified_edit.evaluate.intervals": {"numpy"},
+    "unified_edit.evaluate.onset": {"numpy"},
+    "unified_edit.evaluate.tasks": {"numpy", "lm_eval"},
     "unified_edit.hparams": {"yaml"},
+    "unified_edit.session_state": {"safetensors"},
     "unified_edit.target_cache": {"safetensors"},
     "covariance_cache.__main__": {"typer", "transformers"},
     "covariance_cache.adequacy": {"scipy"},

@@ -33,11 +33,13 @@ if TYPE_CHECKING:
         read_edits,
         read_records,
     )
-    from unified_edit.engine import EditResult, Prepared, edit, prepare
+    from unified_edit.engine import EditResult, edit
     from unified_edit.evaluate.counterfact import (
         CounterFactScores,
         evaluate_counterfact,
     )
+    from unified_edit.evaluate.generations import Sampling, read_references
+    from unified_edit.evaluate.zsre import ZsreScores, evaluate_zsre, read_zsre
     from unified_edit.hparams import HparamsFile, read_hparams
     from unified_edit.ledger import Ledger
     from unified_edit.ledger_rebuild import rebuild
@@ -45,12 +47,16 @@ if TYPE_CHECKING:
     from unified_edit.model.descent import Targets, TargetSettings
     from unified_edit.model.frames import Frame, chat_frame
     from unified_edit.model.prompts import Contexts, ContextSettings
+    from unified_edit.preparation import Prepared, prepare
     from unified_edit.recipes import (
         Recipe,
         alphaedit,
         emmet,
+        emmet_seq,
+        encore,
         in_chat,
         memit,
+        memit_seq,
         p_rome,
         r_rome,
         recipe,
@@ -71,8 +77,10 @@ _HOMES = {
     "checkpoint.lora_import": "import_lora",
     "checkpoint.patch": "history patch recover revert verify",
     "edits": "Edit Record check_edits edits_of read_edits read_records",
-    "engine": "EditResult Prepared edit prepare",
+    "engine": "EditResult edit",
     "evaluate.counterfact": "CounterFactScores evaluate_counterfact",
+    "evaluate.generations": "Sampling read_references",
+    "evaluate.zsre": "ZsreScores evaluate_zsre read_zsre",
     "hparams": "HparamsFile read_hparams",
     "ledger": "Ledger",
     "ledger_rebuild": "rebuild",
@@ -80,8 +88,10 @@ _HOMES = {
     "model.descent": "TargetSettings Targets",
     "model.frames": "Frame chat_frame",
     "model.prompts": "ContextSettings Contexts",
+    "preparation": "Prepared prepare",
     "recipes": (
-        "Recipe alphaedit emmet in_chat memit p_rome r_rome recipe rome rome_original"
+        "Recipe alphaedit emmet emmet_seq encore in_chat memit memit_seq p_rome r_rome "
+        "recipe rome rome_original"
     ),
     "report": "EditReport",
     "target_cache": "TargetCache",
@@ -110,6 +120,7 @@ __all__ = [
     "Recipe",
     "Record",
     "Ridge",
+    "Sampling",
     "SecondMoment",
     "Slack",
     "Solution",
@@ -118,6 +129,7 @@ __all__ = [
     "Targets",
     "UpdateSet",
     "WeightAddress",
+    "ZsreScores",
     "alphaedit",
     "applied",
     "apply",
@@ -126,13 +138,17 @@ __all__ = [
     "edit",
     "edits_of",
     "emmet",
+    "emmet_seq",
+    "encore",
     "evaluate_counterfact",
+    "evaluate_zsre",
     "export_lora",
     "factorize",
     "history",
     "import_lora",
     "in_chat",
     "memit",
+    "memit_seq",
     "p_rome",
     "patch",
     "prepare",
@@ -140,6 +156,8 @@ __all__ = [
     "read_edits",
     "read_hparams",
     "read_records",
+    "read_references",
+    "read_zsre",
     "rebuild",
     "recipe",
     "recover",

@@ -11,17 +11,25 @@ from typing import Annotated
 
 import typer
 
-from unified_edit import cli_files, cli_ledger
+from unified_edit import (
+    cli_evaluate,
+    cli_files,
+    cli_ledger,
+    cli_report,
+    cli_sequential,
+    cli_tasks,
+)
 from unified_edit.console import (
     Device,
+    Dtype,
     Force,
     Json,
+    Limit,
     Model,
     check_new,
     fail,
     one_line_errors,
     show,
-    write_lines,
 )
 from unified_edit.errors import UnifiedEditError
 
@@ -31,11 +39,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Dtype = Annotated[
-    str, typer.Option(help="To load the model in: float32, bfloat16, float16 or auto.")
-]
-Limit = Annotated[int | None, typer.Option(help="Use the first N only.", min=1)]
 
 
 @app.command()
@@ -180,80 +183,10 @@ def edit(
 
 cli_files.add_to(app)
 app.add_typer(cli_ledger.ledger, name="ledger")
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    records: Annotated[Path, typer.Argument(help="Records as in CounterFact.")],
-    update: Annotated[
-        Path | None, typer.Option(help="Score the model with this update, too.")
-    ] = None,
-    limit: Limit = None,
-    no_generations: Annotated[
-        bool, typer.Option("--no-generations", help="Skip free generation.")
-    ] = False,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Put prompts in the tokenizer's chat template."),
-    ] = False,
-    per_record: Annotated[
-        Path | None, typer.Option(help="Write each record's scores here, as .jsonl.")
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Score a model on CounterFact's metrics; with an update, before and after it."""
-    with one_line_errors():
-        if per_record is not None:
-            check_new(per_record, force)
-        from unified_edit.algebra.update import UpdateSet
-        from unified_edit.display import metric_table
-        from unified_edit.edits import read_records
-        from unified_edit.evaluate.counterfact import (
-            CounterFactScores,
-            evaluate_counterfact,
-        )
-        from unified_edit.live import applied
-        from unified_edit.loading import Source
-        from unified_edit.model.frames import PLAIN, chat_frame
-
-        chosen = read_records(records)[:limit]
-        change = None if update is None else UpdateSet.load(update)
-        loaded, tokenizer = Source.of(model).load(dtype, device)
-        frame = chat_frame(tokenizer) if chat else PLAIN
-
-        def scores() -> CounterFactScores:
-            return evaluate_counterfact(
-                loaded,
-                tokenizer,
-                chosen,
-                generations=not no_generations,
-                frame=frame,
-                progress=True,
-            )
-
-        after = None
-        if change is not None:
-            # First, so that an update that does not fit is refused at once.
-            with applied(loaded, change):
-                after = scores()
-        before = scores()
-        if per_record is not None:
-            rows = zip(
-                before.per_record(),
-                after.per_record() if after else [None] * len(chosen),
-                strict=True,
-            )
-            write_lines(per_record, ({"before": b, "after": a} for b, a in rows))
-        means, changed = before.as_dict(), after.as_dict() if after else None
-        show(
-            {"records": len(chosen), "before": means, "after": changed},
-            as_json,
-            lambda: [metric_table(means, changed), f"records: {len(chosen)}"],
-        )
+app.add_typer(cli_evaluate.evaluate, name="evaluate")
+cli_sequential.add_to(cli_evaluate.evaluate)
+cli_tasks.add_to(cli_evaluate.evaluate)
+cli_report.add_to(app)
 
 
 @app.command()

@@ -18,6 +18,10 @@ View = Callable[[], Iterable[Any]]
 Model = Annotated[str, typer.Argument(help="Folder of a model, or a cached name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
+Dtype = Annotated[
+    str, typer.Option(help="To load the model in: float32, bfloat16, float16 or auto.")
+]
+Limit = Annotated[int | None, typer.Option(help="Use the first N only.", min=1)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unified_edit.checkpoint.manifest import UpdateRecord
     from unified_edit.checkpoint.patch import PatchReport
     from unified_edit.doctor import DoctorReport, EditedWeights
+    from unified_edit.evaluate.intervals import Interval
 
 _FEW = 10
 """Edits of an update that its history prints."""
@@ -53,16 +54,59 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     return made
 
 
-def metric_table(before: dict[str, float], after: dict[str, float] | None) -> Table:
-    """Metrics of a model, before and, if there is one, after an update."""
+def metric_table(
+    before: Mapping[str, Interval], after: Mapping[str, Interval] | None
+) -> Table:
+    """Means and their intervals, before and, if there is one, after an update."""
     if after is None:
-        return table(("metric", "value"), ((k, f"{v:.4f}") for k, v in before.items()))
+        rows = ((name, _interval(each)) for name, each in before.items())
+        return table(("metric", "value"), rows)
     return table(
         ("metric", "before", "after", "change"),
         (
-            (name, f"{was:.4f}", f"{after[name]:.4f}", f"{after[name] - was:+.4f}")
-            for name, was in before.items()
+            (
+                name,
+                _interval(before.get(name)),
+                _interval(now),
+                f"{now.mean - before[name].mean:+.3f}" if name in before else "",
+            )
+            for name, now in after.items()
         ),
+    )
+
+
+def _interval(each: Interval | None) -> str:
+    return f"{each.mean:.3f} [{each.low:.2f}, {each.high:.2f}]" if each else ""
+
+
+def sequence_table(checkpoints: Sequence[Mapping[str, Any]]) -> Table:
+    """A sequence's checkpoints: what its edits, other facts and skills are like."""
+
+    def mean(values: Any) -> str:
+        return f"{values[0]:.3f}" if values else ""
+
+    rows = []
+    for line in checkpoints:
+        earlier, skills = line["earlier"] or {}, line["skills"].values()
+        perplexity = line["perplexity"]
+        rows.append(
+            (
+                f"{line['edits']:,}",
+                *(mean(earlier.get(name)) for name in ("s", "es", "ps", "ns")),
+                mean(line["same_subject"]),
+                mean(line["unrelated"]),
+                f"{sum(skills) / len(skills):.3f}" if skills else "",
+                "" if perplexity is None else f"{perplexity:.4g}",
+                f"{max(line['drift'].values()):.3g}",
+                str(line["guard"]["refused"]),
+            )
+        )
+    return table(
+        (
+            *("edits", "S", "ES", "PS", "NS", "same subject", "unrelated", "skills"),
+            *("perplexity", "drift", "refused"),
+        ),
+        rows,
     )
 
 

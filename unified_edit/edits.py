@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from unified_edit.errors import EditError
 
 SLOT = "{}"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Record:
     generation_prompts: tuple[str, ...] = ()
     relation: str = ""
     case_id: int | str = 0
+    target_id: str = ""
+    """The target's id, by which reference texts are found."""
 
 
 def check_edits(edits: Sequence[Edit]) -> None:
@@ -171,8 +175,17 @@ def read_records(path: str | Path) -> list[Record]:
     Raises:
         EditError: naming the file and the entry.
     """
+    return read_entries(path, _record_from)
+
+
+def read_entries(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> list[T]:
+    """What `parse` makes of each entry of a `.jsonl` or `.json` file.
+
+    Raises:
+        EditError: naming the file, the entry and the field.
+    """
     return [
-        _located(f"{path}, entry {index}", _record_from, entry)
+        _located(f"{path}, entry {index}", parse, entry)
         for index, entry in enumerate(_entries(path, _content(path)))
     ]
 
@@ -259,6 +272,7 @@ def _record_from(entry: Mapping[str, Any]) -> Record:
         generation_prompts=_texts(entry, "generation_prompts"),
         relation=rewrite.get("relation_id", ""),
         case_id=entry.get("case_id", 0),
+        target_id=_id(rewrite.get("target_new")),
     )
 
 
@@ -277,6 +291,10 @@ def _target(entry: Mapping[str, Any], name: str) -> str:
             raise EditError(f"lacks or misuses the field {name!r}: it has no 'str'")
         return _target({f"{name}.str": value["str"]}, f"{name}.str")
     return _text(entry, name).strip()
+
+
+def _id(target: Any) -> str:
+    return str(target.get("id", "")) if isinstance(target, Mapping) else ""
 
 
 def _texts(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:

@@ -12,7 +12,9 @@ For an object o after a prompt, n(o) is the mean negative log-likelihood of its 
 | generations | the greedy continuation begins with new | rewrite, paraphrases |
 
 Averaged over a record's prompts, then over records; S is the harmonic mean of ES, PS
-and NS. Teacher forcing flatters: the generations are reported beside it.
+and NS. Teacher forcing flatters: the generations are reported beside it. The entropy of
+sampled texts and their nearness to reference texts (GE, RS) are asked for apart: see
+generations.py.
 
 Source: Meng et al. 2022 (ROME), section 3.3 and appendix; kmeng01/memit's scorer.
 """
@@ -21,13 +23,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 
 from unified_edit.edits import Record
 from unified_edit.errors import EditError
+from unified_edit.evaluate.generations import (
+    References,
+    Sampling,
+    TfIdf,
+    check_references,
+    generation_scores,
+    sampled_texts,
+)
+from unified_edit.evaluate.intervals import MeanScores
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.frames import PLAIN, Frame
 from unified_edit.model.prompts import continuations
@@ -50,38 +61,17 @@ class RecordScores:
     neighborhood_accuracy: float | None
     rewrite_generation: float | None
     paraphrase_generation: float | None
+    generation_entropy: float | None = None
+    """GE, in bits."""
+    reference_score: float | None = None
+    """RS, between 0 and 1."""
 
 
 @dataclass(frozen=True)
-class CounterFactScores:
+class CounterFactScores(MeanScores[RecordScores]):
     """Means over records."""
 
-    records: tuple[RecordScores, ...]
-
-    def mean(self, name: str) -> float:
-        """Mean of a field of `RecordScores` over the records that have it; NaN if
-        none has."""
-        values = [getattr(record, name) for record in self.records]
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known else math.nan
-
-    @property
-    def s(self) -> float:
-        """Harmonic mean of the mean ES, PS and NS; 0 if one of them is."""
-        parts = [self.mean(name) for name in ("es", "ps", "ns")]
-        if any(part == 0 for part in parts):
-            return 0.0
-        return len(parts) / sum(1 / part for part in parts)
-
-    def as_dict(self) -> dict[str, float]:
-        """S and the mean of every metric; absent where no record has it."""
-        names = [n for n in RecordScores.__dataclass_fields__ if n != "case_id"]
-        means = {"s": self.s, **{name: self.mean(name) for name in names}}
-        return {name: value for name, value in means.items() if not math.isnan(value)}
-
-    def per_record(self) -> list[dict[str, Any]]:
-        """Every record's metrics as plain data."""
-        return [asdict(record) for record in self.records]
+    harmonic: ClassVar[tuple[str, ...]] = ("es", "ps", "ns")
 
 
 def evaluate_counterfact(
@@ -90,6 +80,9 @@ def evaluate_counterfact(
     records: Sequence[Record],
     *,
     generations: bool = True,
+    sampling: Sampling | None = None,
+    references: References | None = None,
+    tfidf: TfIdf | None = None,
     frame: Frame = PLAIN,
     progress: bool = False,
 ) -> CounterFactScores:
@@ -97,13 +90,23 @@ def evaluate_counterfact(
 
     Args:
         generations: also whether the model says it by itself.
+        sampling: also the entropy of texts drawn so after the generation prompts; slow.
+        references: also how near those texts are to these.
+        tfidf: how RS weighs terms; by default with the idf of all reference texts.
         frame: around each prompt, such as `chat_frame(tokenizer)`.
 
     Raises:
-        EditError: no records.
+        EditError: no records; references without sampling or for none of the records.
     """
     if not records:
         raise EditError("there are no records to evaluate")
+    if references is not None and sampling is None:
+        raise EditError(
+            "reference texts are compared with sampled texts; ask for those, too "
+            "(sampling, or --entropy)"
+        )
+    if references is not None:
+        check_references(records, references)
     adapter = ModelAdapter.of(model)
     prompts: list[str] = []
     new: list[str] = []
@@ -124,8 +127,18 @@ def evaluate_counterfact(
     said = [""] * len(prompts)
     if generations:
         said = _generations(adapter, tokenizer, records, prompts, new, frame)
+    free: list[tuple[float | None, float | None]] = [(None, None)] * len(records)
+    if sampling is not None:
+        asked = [prompt for record in records for prompt in record.generation_prompts]
+        texts = iter(
+            sampled_texts(
+                adapter, tokenizer, asked, sampling, frame=frame, progress=progress
+            )
+        )
+        grouped = [[next(texts) for _ in each.generation_prompts] for each in records]
+        free = generation_scores(records, grouped, references, tfidf)
     found, start = [], 0
-    for record in records:
+    for record, (entropy, near) in zip(records, free, strict=True):
         count = len(_prompts(record))
         span = slice(start, start + count)
         found.append(
@@ -134,6 +147,8 @@ def evaluate_counterfact(
                 both[span],
                 both[len(prompts) + start : len(prompts) + start + count],
                 said[span] if generations else None,
+                entropy,
+                near,
             )
         )
         start += count
@@ -178,6 +193,8 @@ def _record_scores(
     new: Sequence[Score],
     true: Sequence[Score],
     said: Sequence[str] | None,
+    entropy: float | None,
+    near: float | None,
 ) -> RecordScores:
     wins = [float(t.nll > n.nll) for n, t in zip(new, true, strict=True)]
     losses = [float(t.nll < n.nll) for n, t in zip(new, true, strict=True)]
@@ -202,6 +219,8 @@ def _record_scores(
         neighborhood_accuracy=_mean([float(s.argmax) for s in true[neighbors]]),
         rewrite_generation=generated[0] if generated else None,
         paraphrase_generation=_mean(generated[paraphrases]),
+        generation_entropy=entropy,
+        reference_score=near,
     )
 
 

@@ -314,6 +314,29 @@ def within(
             yield chosen
 
 
+def check_logits(adapter: ModelAdapter, logits: Tensor) -> None:
+    """Refuses NaN and infinity, which would be compared or drawn from silently.
+
+    Raises:
+        NonFiniteError: naming where they come from.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFiniteError(
+            f"the model's logits are not finite: {adapter.why_not_finite()}"
+        )
+
+
+def next_token(logits: Tensor, top_k: int, generator: torch.Generator) -> int:
+    """A token drawn from the `top_k` most probable ones.
+
+    Args:
+        logits: [vocabulary], of one position.
+    """
+    top = logits.float().cpu().topk(min(top_k, logits.shape[-1]))
+    choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
+    return int(top.indices[choice])
+
+
 @torch.no_grad()
 def generate_contexts(
     adapter: ModelAdapter, tokenizer: Any, settings: ContextSettings, seed: int
@@ -347,13 +370,8 @@ def generate_contexts(
             logits = adapter.model(
                 input_ids=row, use_cache=False, logits_to_keep=1
             ).logits[0, -1]
-            if not bool(torch.isfinite(logits).all()):
-                raise NonFiniteError(
-                    f"the model's logits are not finite: {adapter.why_not_finite()}"
-                )
-            top = logits.float().cpu().topk(min(settings.top_k, logits.shape[-1]))
-            choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
-            ids.append(int(top.indices[choice]))
+            check_logits(adapter, logits)
+            ids.append(next_token(logits, settings.top_k, generator))
         prefix = tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +12,19 @@ import torch
 from tqdm import tqdm
 
 from covariance_cache.capture import evaluating
-from unified_edit.errors import NonFiniteError
+from unified_edit.errors import PromptError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.frames import PLAIN, Frame
-from unified_edit.model.prompts import buckets, check_rows, continuations, pad, tokenize
+from unified_edit.model.prompts import (
+    buckets,
+    check_logits,
+    check_rows,
+    continuations,
+    next_token,
+    pad,
+    tokenize,
+    within,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,10 @@ class Score:
     """Mean negative log-likelihood of the target's tokens, in nats."""
     argmax: bool
     """Every token of the target is the most probable one."""
+    share: float
+    """Share of the target's tokens that are the most probable ones."""
+    predicted: tuple[int, ...]
+    """The most probable token in each one's place."""
 
 
 @torch.no_grad()
@@ -63,19 +78,19 @@ def score(
                 use_cache=False,
                 logits_to_keep=most,
             ).logits
-            if not bool(torch.isfinite(logits).all()):
-                raise NonFiniteError(
-                    f"the model's logits are not finite: {adapter.why_not_finite()}"
-                )
+            check_logits(adapter, logits)
             logs = torch.log_softmax(logits.float(), dim=-1)
             best = logs.argmax(-1)
             for row, i in enumerate(chosen):
                 target = torch.tensor(pairs[i][1], device=logs.device)
                 tail = slice(most - len(target), most)
                 picked = logs[row, tail].gather(1, target[:, None])
+                right = best[row, tail] == target
                 found[i] = Score(
                     nll=-float(picked.mean()),
-                    argmax=bool((best[row, tail] == target).all()),
+                    argmax=bool(right.all()),
+                    share=int(right.sum()) / len(target),
+                    predicted=tuple(best[row, tail].tolist()),
                 )
             bar.update(len(chosen))
     return [each for each in found if each is not None]
@@ -112,4 +127,95 @@ def generate(
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             )
+    return found
+
+
+@torch.no_grad()
+def sample(
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    tokens: int,
+    *,
+    top_k: int = 5,
+    seed: int = 0,
+    frame: Frame = PLAIN,
+    progress: bool = False,
+) -> list[str]:
+    """Prompts with what follows, each token drawn from the `top_k` most probable ones:
+    texts of `tokens` tokens, the prompt's own among them (not the frame's). The end of
+    a text does not stop them.
+
+    A text depends on the seed, its prompt and how often that came before, not on the
+    others.
+
+    Raises:
+        PromptError: a prompt without tokens, or more than the model's positions.
+        NonFiniteError: NaN or infinity in the logits.
+    """
+    framed = [frame.around(prompt) for prompt in prompts]
+    rows = [ids for ids, _ in tokenize(tokenizer, framed, special=frame.special)]
+    missing = [tokens - len(ids) for ids, _ in tokenize(tokenizer, prompts)]
+    missing = [max(0, count) for count in missing]
+    if not all(rows):
+        raise PromptError(
+            "a prompt is empty and the tokenizer puts no token before it; give a prompt"
+        )
+    lengths = [len(row) + count for row, count in zip(rows, missing, strict=True)]
+    check_rows(adapter, [row + (0,) * n for row, n in zip(rows, missing, strict=True)])
+    generators = [torch.Generator().manual_seed(each) for each in _seeds(seed, prompts)]
+    # Of one length, so that nothing is padded: the same texts in any company.
+    alike: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        alike[len(row), missing[index]].append(index)
+    said: list[list[int]] = [[] for _ in prompts]
+    with (
+        evaluating(adapter.model),
+        tqdm(total=sum(missing), desc="sampling", disable=not progress) as bar,
+    ):
+        for chosen in within([alike[key] for key in sorted(alike)], lengths):
+            ids = torch.tensor([rows[i] for i in chosen], device=adapter.device)
+            cache = None
+            past = 0
+            for _ in range(missing[chosen[0]]):
+                positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+                past += ids.shape[1]
+                output = adapter.model(
+                    input_ids=ids,
+                    attention_mask=ids.new_ones(len(chosen), past),
+                    position_ids=positions.expand(len(chosen), -1),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                logits, cache = output.logits[:, -1], output.past_key_values
+                check_logits(adapter, logits)
+                drawn = [
+                    next_token(row, top_k, generators[i])
+                    for row, i in zip(logits, chosen, strict=True)
+                ]
+                for token, i in zip(drawn, chosen, strict=True):
+                    said[i].append(token)
+                ids = torch.tensor(drawn, device=adapter.device)[:, None]
+                bar.update(len(chosen))
+    texts = []
+    for prompt, row, new in zip(prompts, rows, said, strict=True):
+        # A template's own words are no part of a text.
+        text = tokenizer.decode(
+            [*row, *new] if frame == PLAIN else new,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        texts.append(text if frame == PLAIN else f"{prompt} {text.strip()}")
+    return texts
+
+
+def _seeds(seed: int, prompts: Sequence[str]) -> list[int]:
+    seen: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        name = f"{seed} {seen[prompt]} {prompt}".encode()
+        digest = hashlib.blake2b(name, digest_size=7).digest()
+        found.append(int.from_bytes(digest, "big"))
+        seen[prompt] += 1
     return found
