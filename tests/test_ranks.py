@@ -1,7 +1,9 @@
 """Processes that share the targets: whatever their number, every one has the bits that
 one process alone finds, or the error that it raises.
 
-This file is also what `torchrun` runs: `job` in each process, its results in a file.
+This file is also what is run beside the tests: it starts groups of processes with
+torchrun's own agent, forked from a process that has imported everything, as each import
+would take longer than `job` does. The command is started by `torchrun` itself.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from io import StringIO
@@ -120,13 +123,40 @@ def same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def torchrun(world: int, *arguments: Any) -> str:
-    """What the processes say on stdout; none of them may wait for ever."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world), *map(str, arguments)]
+def launch(world: int, folder: Path) -> None:
+    """Runs `job` as `torchrun --standalone` does; what they say goes to a folder."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world,
+        run_id=str(time.monotonic_ns()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+        monitor_interval=0.05,
+        logs_specs=DefaultLogsSpecs(str(folder / "logs"), redirects=Std.ALL),
+    )
+    elastic_launch(config, run_job)(folder)
+
+
+def run_job(folder: Path) -> None:
+    with joined() as ranks:
+        torch.save(job(folder, ranks), folder / f"{ranks.rank}.pt")
+
+
+def python(*arguments: Any) -> str:
+    """What a program and its processes say on stdout; none may wait for ever."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -147,6 +177,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, job(folder, Ranks())
 
 
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """What groups of two and of three processes left."""
+    folders = {world: tmp_path_factory.mktemp(f"{world}") for world in (2, 3)}
+    python(__file__, *(f"{world}:{folder}" for world, folder in folders.items()))
+    return folders
+
+
 def test_the_shares_are_what_they_shall_be() -> None:
     """More chunks than processes, and more processes than chunks."""
     rows = rows_of_edits(make_tokenizer("llama"))
@@ -157,14 +195,15 @@ def test_the_shares_are_what_they_shall_be() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_process_has_what_one_alone_finds(
-    alone: tuple[Path, dict[str, Any]], tmp_path: Path, world: int
+    alone: tuple[Path, dict[str, Any]], groups: dict[int, Path], world: int
 ) -> None:
-    folder, expected = alone
+    (folder, expected), theirs = alone, groups[world]
     assert f"edit {BAD} " in expected["found"]["error"]
     assert "embed_tokens" in expected["found"]["error"]
-    assert torchrun(world, __file__, tmp_path) == ""
+    said = list(theirs.glob("logs/*/attempt_0/*/stdout.log"))
+    assert [each.read_text() for each in said] == [""] * world
     for rank in range(world):
-        mine = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        mine = torch.load(theirs / f"{rank}.pt", weights_only=True)
         for name, found in expected["found"].items():
             assert same(mine["found"][name], found), (rank, name)
         assert mine["gathered"] == [f"of {each}" for each in range(world)]
@@ -182,7 +221,7 @@ def test_every_process_has_what_one_alone_finds(
         else:
             assert f"targets, 1 of {world} shares: 100%" in mine["shown"]
             assert f" {all_of_them}/{all_of_them} " in mine["shown"]
-    files = disk(tmp_path / "cache")
+    files = disk(theirs / "cache")
     assert files == disk(folder / "cache")
     assert sum(name.endswith(".safetensors") for name in files) == len(EDITS)
 
@@ -205,7 +244,8 @@ def test_the_command_writes_and_answers_once(tmp_path: Path) -> None:
     budget = {"token-budget": 60}
     shared, own, plain = (tmp_path / f"{n}.safetensors" for n in ("a", "b", "c"))
     arguments = place.editing(out=shared, **budget, **{"target-cache": tmp_path / "a"})
-    stdout = torchrun(2, "-m", "unified_edit", *arguments, "--json")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    stdout = python(*torchrun, "-m", "unified_edit", *arguments, "--json")
     assert stdout.count("\n") == 1
     said = json.loads(stdout)
     assert said["update"] == str(shared)
@@ -242,6 +282,6 @@ def test_devices() -> None:
 
 
 if __name__ == "__main__":
-    with joined() as _ranks:
-        _folder = Path(sys.argv[1])
-        torch.save(job(_folder, _ranks), _folder / f"{_ranks.rank}.pt")
+    for _group in sys.argv[1:]:
+        _world, _, _folder = _group.partition(":")
+        launch(int(_world), Path(_folder))

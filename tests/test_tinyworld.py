@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from covariance_cache import KeyStatistics
+from unified_edit import demo
 from unified_edit.demo import FAMILIES, load, world_statistics
 from unified_edit.edits import Record, read_edits, read_records
 from unified_edit.evaluate.trial import Trials
@@ -37,18 +38,24 @@ def world() -> World:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def trained(request: pytest.FixtureRequest, world: World) -> tuple[Any, ...]:
+    """The demo's way, with half of its text: harder for what must stay."""
     model, tokenizer = load(TINYWORLD / request.param)
     preset = matching_preset(model.config)
     assert preset is not None, "the embedded models have recipes of their own"
-    statistics = world_statistics(model, tokenizer, world, preset, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "STATISTICS_TOKENS", demo.STATISTICS_TOKENS // 2)
+        statistics = world_statistics(model, tokenizer, world, preset, progress=False)
     return model, tokenizer, preset, statistics
 
 
 @pytest.fixture(scope="module")
 def trials(trained: tuple[Any, ...], world: World) -> Trials:
-    """Of all recipes: what was said before is asked once, and of every third fact."""
+    """Of all recipes: what was said before is asked once, of every ninth fact, and of
+    few exercises, for no test here reads what edits left of skills."""
     model, tokenizer, _, statistics = trained
-    return Trials(model, tokenizer, replace(world, facts=world.facts[::3]), statistics)
+    skills = {name: pairs[:2] for name, pairs in world.skills.items()}
+    some = replace(world, facts=world.facts[::9], skills=skills)
+    return Trials(model, tokenizer, some, statistics)
 
 
 def test_the_committed_data_is_what_the_generator_writes(
@@ -111,7 +118,7 @@ def test_paraphrase_prefixes_stay_out_of_the_corpus(generator: Any) -> None:
 
 def test_models_know_the_world(trained: tuple[Any, ...], world: World) -> None:
     model, tokenizer, _, _ = trained
-    assert world.retention(model, tokenizer, world.unrelated(())) >= 0.97
+    assert world.retention(model, tokenizer, world.unrelated(())[::3]) >= 0.97
     assert min(world.skill_scores(model, tokenizer).values()) >= 0.95
 
 

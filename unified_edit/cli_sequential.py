@@ -38,8 +38,8 @@ def sequential(
     every: Annotated[
         int | None,
         typer.Option(
-            help="Edits between checkpoints; by default after 1, 2, 5, 10, 20, 50, … "
-            "steps.",
+            help="Edits between checkpoints; until then, and by default, they come "
+            "after 1, 2, 5, 10, 20, 50, … steps.",
             min=1,
         ),
     ] = None,

@@ -110,7 +110,8 @@ class Plan:
 
     batch_size: int = 1
     every: int | None = None
-    """Edits between checkpoints; None takes 1, 2, 5, 10, 20, 50, … batches."""
+    """Edits between checkpoints, once there are as many; until then, and always with
+    None, they come after 1, 2, 5, 10, 20, 50, … steps."""
     at_most: int | None = None
     """Earlier edits that are scored at a checkpoint, a seeded sample of them if there
     are more; None scores all."""
@@ -129,7 +130,7 @@ class Plan:
         """Whether there is one after this step, counted from 1."""
         if step == steps:
             return True
-        if self.every is not None:
+        if self.every is not None and step * self.batch_size >= self.every:
             return step * self.batch_size % self.every < self.batch_size
         digits = str(step)
         return int(digits[0]) in _STEPS and not digits[1:].strip("0")
@@ -145,6 +146,7 @@ def run_sequence(
     canary: Canary | None = None,
     about: Mapping[str, Any] | None = None,
     target_cache: TargetStore | None = None,
+    seconds: float | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Edits records in, batch by batch, and measures; what is in `out` already is gone
@@ -156,6 +158,7 @@ def run_sequence(
         out: the run's folder, made if it is not there.
         canary: held-out text for perplexity; the session's own, or another.
         about: names and fingerprints for `run.json`.
+        seconds: to begin no further step after so many; the run can be gone on with.
 
     Returns:
         The checkpoints, as `checkpoints.jsonl` has them.
@@ -167,6 +170,7 @@ def run_sequence(
         raise EditError("there are no records to edit in")
     run = _Run(session, records, plan, Path(out), probes or Probes(), canary)
     run.open(dict(about or {}))
+    begun = time.perf_counter()
     steps = -(-len(records) // plan.batch_size)
     with tqdm(
         total=steps, initial=session.state.steps, desc="steps", disable=not progress
@@ -176,10 +180,13 @@ def run_sequence(
         while session.state.steps < steps and not run.collapsed():
             run.step(target_cache)
             bar.update()
-            if plan.is_checkpoint(session.state.steps, steps):
+            late = seconds is not None and time.perf_counter() - begun > seconds
+            if late or plan.is_checkpoint(session.state.steps, steps):
                 run.checkpoint()
                 s = run.checkpoints[-1]["earlier"]
                 bar.set_postfix(S=f"{s['s'][0]:.3f}" if s else "-", refresh=False)
+            if late:
+                break
     return run.checkpoints
 
 

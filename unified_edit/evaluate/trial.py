@@ -166,6 +166,10 @@ class Trials:
                 relative_norm=_largest_norm(result),
             )
 
+    def forget(self) -> None:
+        """Drops kept targets: those of batches that will not be tried again."""
+        self._made.clear()
+
     def _said(self, prompts: Sequence[tuple[str, str]]) -> float:
         return self.world.retention(self.model, self.tokenizer, prompts)
 

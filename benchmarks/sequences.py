@@ -1,0 +1,339 @@
+"""Sequences of edits on an embedded model until they do not hold any more.
+
+    python benchmarks/sequences.py [--json] [--experiment recipes|regularizers|guard]
+        [--family gpt2] [--edits N] [--minutes M] [--one-word 25] [--runs DIR] [--full]
+
+Each configuration edits one stream of the world, one edit a step, until S over all its
+edits is below .8 (with --full .5, and every edit of the stream), the edits are used up
+or its share of the time is. What is printed counts the edits held at S ≥ .8; where a
+configuration never fell below, the count is a lower bound and its name is in
+`not_ended`. Two configurations run side by side, a thread each.
+
+The stream is `unified_edit.evaluate.stream.world_stream`: one subject in five is never
+edited and judges the damage; every `--one-word`th edit is about a name of one word that
+begins its prompt, the kind that ROME's published code breaks on (0 for none).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Run as a script: this folder, which comes first, would hide the standard
+    # library's `statistics` behind the script of that name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+WORLD = Path(__file__).parents[1] / "examples" / "tinyworld"
+AT_LEAST = 0.8
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A recipe with changes and, if it has one, a guard."""
+
+    recipe: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    guard: str | None = None
+    """`refuse`, `warn` or `shrink`, with the default limits; None for no guard."""
+
+
+def configurations(experiment: str) -> dict[str, Configuration]:
+    """By name. `rome_original` has its own contexts: with others its two keys differ
+    less than they do in its code."""
+    from unified_edit.presets import ROME_CONTEXTS
+
+    published = {"contexts": ROME_CONTEXTS}
+    recipes = {
+        "rome_original": Configuration("rome_original", published),
+        "memit": Configuration("memit"),
+        "emmet_seq": Configuration("emmet_seq"),
+        "memit_seq": Configuration("memit_seq"),
+        "rome": Configuration("rome"),
+        "emmet": Configuration("emmet"),
+        "alphaedit": Configuration("alphaedit"),
+        "encore": Configuration("encore"),
+    }
+    if experiment == "recipes":
+        return recipes
+    if experiment == "regularizers":
+        rules = ("rect:0.4", "prune:1.2", "norm:2")
+        return {
+            f"{name} {rule}": Configuration(name, {"regularizer": rule})
+            for name in ("memit", "emmet")
+            for rule in ("none", *rules)
+        }
+    guarded = {
+        f"{name}, {guard or 'no guard'}": Configuration(name, chosen.changes, guard)
+        for name in ("rome_original", "memit", "emmet_seq")
+        for chosen in (recipes[name],)
+        for guard in (None, "refuse", "shrink")
+    }
+    return guarded
+
+
+@dataclass(frozen=True)
+class Task:
+    """One configuration's run; made of plain data, for another process."""
+
+    name: str
+    configuration: Configuration
+    family: str
+    edits: int
+    one_word: int
+    every: int
+    at_most: int
+    stop_below: float
+    seconds: float
+    statistics: Path
+    out: Path
+
+
+def run(task: Task) -> tuple[str, list[dict[str, Any]], dict[str, float]]:
+    """Runs a task in this process: its checkpoints, and seconds of a step by stage."""
+    import torch
+
+    torch.set_num_threads(1)
+    from benchmarks.report import machine, versions
+    from covariance_cache import StatisticsStore
+    from unified_edit.demo import load
+    from unified_edit.evaluate.sequential import Plan, run_sequence
+    from unified_edit.evaluate.stream import world_stream
+    from unified_edit.evaluate.world import World
+    from unified_edit.guard import OFF, Guard
+    from unified_edit.model.perplexity import Canary
+    from unified_edit.recipes import matching_preset, recipe
+    from unified_edit.session import EditSession
+
+    world = World.load(WORLD / "data")
+    model, tokenizer = load(WORLD / task.family)
+    chosen = recipe(
+        task.configuration.recipe,
+        matching_preset(model.config),
+        **task.configuration.changes,
+    )
+    statistics = StatisticsStore(task.statistics).load(model, chosen.layers, tokenizer)
+    stream = world_stream(world, task.edits, one_word_every=task.one_word)
+    on_limit = task.configuration.guard
+    guard = OFF if on_limit is None else Guard(on_limit=on_limit)  # type: ignore[arg-type]
+    session = EditSession.begin(
+        model,
+        tokenizer,
+        chosen,
+        statistics,
+        guard=guard,
+        canary=Canary.of(tokenizer, stream.canary),
+    )
+    found = run_sequence(
+        session,
+        stream.records,
+        Plan(every=task.every, at_most=task.at_most, stop_below=task.stop_below),
+        task.out,
+        probes=stream.probes,
+        canary=Canary.of(tokenizer, stream.texts),
+        about={
+            "name": task.name,
+            "model": f"examples/tinyworld/{task.family}",
+            "records": {"file": "world_stream", "count": task.edits},
+            "one_word_every": task.one_word,
+            "machine": machine(),
+            "versions": versions(),
+        },
+        seconds=task.seconds,
+    )
+    lines = (task.out / "steps.jsonl").read_text().splitlines()
+    spent: dict[str, float] = {}
+    for line in lines:
+        for stage, seconds in json.loads(line)["seconds"].items():
+            spent[stage] = spent.get(stage, 0.0) + seconds / len(lines)
+    return task.name, found, spent
+
+
+def skills_of(checkpoint: dict[str, Any]) -> float:
+    """Mean over skills."""
+    return sum(checkpoint["skills"].values()) / len(checkpoint["skills"])
+
+
+def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Edits held, onsets and what was left of skills, for each configuration."""
+    from unified_edit.evaluate.onset import ability, held, onsets
+
+    answer: dict[str, Any] = {"held": {}, "not_ended": [], "onsets": {}, "last": {}}
+    for name, found in runs.items():
+        edits = [line["edits"] for line in found]
+        kept = [
+            i
+            for i in range(len(found))
+            if i == len(found) - 1 or edits[i + 1] > edits[i]
+        ]
+        found = [found[i] for i in kept]
+        edits = [edits[i] for i in kept]
+
+        def series(key: str, of: str, found: Any = found) -> list[float | None]:
+            return [line[key] and line[key][of][0] for line in found]
+
+        s, said = series("earlier", "s"), series("earlier", "rewrite_accuracy")
+        general, _ = ability(
+            [skills_of(line) for line in found],
+            [line["unrelated"][0] for line in found],
+            [line["perplexity"] for line in found],
+        )
+        holding = held(edits, s, AT_LEAST)
+        times = onsets(edits, said, general)
+        answer["held"][name] = holding.edits
+        if not holding.ended:
+            answer["not_ended"].append(name)
+        answer["onsets"][name] = [times.forgetting, times.collapse]
+        within = [line for line in found if line["edits"] <= holding.edits]
+        answer["last"][name] = {
+            "edits": edits[-1],
+            "s": s[-1],
+            "skills_before": skills_of(found[0]),
+            "skills_held": skills_of(within[-1]),
+            "skills": skills_of(found[-1]),
+            "unrelated": found[-1]["unrelated"][0],
+            "drift": max(found[-1]["drift"].values()),
+            "refused": found[-1]["guard"]["refused"],
+        }
+    return answer
+
+
+def compared(answer: dict[str, Any]) -> dict[str, Any]:
+    """The best of our configurations against ROME's published code and plain MEMIT."""
+    published = ("rome_original", "memit")
+    ours = {name: n for name, n in answer["held"].items() if name not in published}
+    best = max(ours, key=lambda name: (ours[name], answer["last"][name]["s"] or 0.0))
+    last = answer["last"][best]
+    return {
+        "best": best,
+        "best_over_rome_original": ours[best] / max(1, answer["held"]["rome_original"]),
+        "best_over_memit": ours[best] / max(1, answer["held"]["memit"]),
+        "skills_drop": last["skills_before"] - last["skills_held"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--experiment",
+        choices=("recipes", "regularizers", "guard"),
+        default="recipes",
+    )
+    parser.add_argument("--family", default="gpt2")
+    parser.add_argument("--edits", type=int, default=1500)
+    parser.add_argument("--one-word", type=int, default=25)
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--at-most", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--configurations", nargs="+")
+    parser.add_argument("--runs", type=Path, help="Folder that keeps the runs.")
+    parser.add_argument("--full", action="store_true")
+    arguments = parser.parse_args()
+    console = Console(stderr=arguments.json, width=140)
+    begun = time.perf_counter()
+    # Before torch is loaded, here and in the processes that inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from benchmarks.report import print_json, processor, versions
+    from covariance_cache import StatisticsStore
+    from unified_edit.demo import load, world_statistics
+    from unified_edit.evaluate.world import World
+    from unified_edit.recipes import matching_preset
+
+    chosen = configurations(arguments.experiment)
+    if arguments.configurations:
+        chosen = {name: chosen[name] for name in arguments.configurations}
+    elif arguments.experiment == "recipes" and not arguments.full:
+        chosen = {name: chosen[name] for name in list(chosen)[:4]}
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = arguments.runs or Path(temporary) / "runs"
+        runs.mkdir(parents=True, exist_ok=True)
+        store = StatisticsStore(Path(temporary) / "statistics")
+        model, tokenizer = load(WORLD / arguments.family)
+        preset = matching_preset(model.config)
+        assert preset is not None
+        world = World.load(WORLD / "data")
+        for each in world_statistics(
+            model, tokenizer, world, preset, progress=False
+        ).values():
+            store.save(each)
+        # A pair at a time: each may take its share of what is left.
+        rounds = -(-len(chosen) // 2)
+        share = 60 * arguments.minutes / rounds if not arguments.full else 1e9
+        tasks = [
+            Task(
+                name,
+                configuration,
+                arguments.family,
+                arguments.edits,
+                arguments.one_word,
+                arguments.every,
+                arguments.at_most,
+                0.5 if arguments.full else AT_LEAST,
+                share,
+                Path(temporary) / "statistics",
+                runs / name.replace(" ", "-").replace(",", "").replace(":", ""),
+            )
+            for name, configuration in chosen.items()
+        ]
+        context = multiprocessing.get_context("spawn")
+        found: dict[str, list[dict[str, Any]]] = {}
+        seconds: dict[str, dict[str, float]] = {}
+        with ProcessPoolExecutor(2, mp_context=context) as pool:
+            for name, checkpoints, spent in pool.map(run, tasks):
+                found[name] = checkpoints
+                seconds[name] = spent
+                console.print(f"{name}: {checkpoints[-1]['edits']} edits")
+    answer = summary(found)
+    if {"rome_original", "memit"} < found.keys():
+        answer = {**compared(answer), **answer}
+    answer |= {
+        "seconds_per_step": seconds,
+        "overhead": {
+            name: sum(each.values()) / each["targets"] - 1
+            for name, each in seconds.items()
+        },
+        "seconds": time.perf_counter() - begun,
+        "machine": f"{processor()}, 2 processes of one thread",
+        "versions": versions(),
+    }
+    table = Table(title=f"{arguments.family}: edits held at S ≥ {AT_LEAST}")
+    for column in (
+        *("configuration", "held", "forgetting", "collapse", "edits", "S", "skills"),
+        *("unrelated", "drift", "refused"),
+    ):
+        table.add_column(column, justify="right")
+    for name, last in answer["last"].items():
+        open_end = "≥ " if name in answer["not_ended"] else ""
+        forgetting, collapse = answer["onsets"][name]
+        table.add_row(
+            name,
+            f"{open_end}{answer['held'][name]}",
+            *("–" if each is None else str(each) for each in (forgetting, collapse)),
+            str(last["edits"]),
+            f"{last['s']:.3f}",
+            f"{last['skills']:.3f}",
+            f"{last['unrelated']:.3f}",
+            f"{last['drift']:.2f}",
+            str(last["refused"]),
+        )
+    console.print(table)
+    if arguments.json:
+        print_json(answer)
+
+
+if __name__ == "__main__":
+    main()
