@@ -4,10 +4,10 @@
         [--family gpt2] [--edits N] [--minutes M] [--one-word 25] [--runs DIR] [--full]
 
 Each configuration edits one stream of the world, one edit a step, until S over all its
-edits is below .8 (with --full .5, and every edit of the stream), the edits are used up
-or its share of the time is. What is printed counts the edits held at S ≥ .8; where a
-configuration never fell below, the count is a lower bound and its name is in
-`not_ended`. Two configurations run side by side, a thread each.
+edits is below .8 (with --full: .5), the edits are used up or, without --full, the time
+is. What is printed counts the edits held at S ≥ .8; where a configuration never fell
+below, the count is a lower bound and its name is in `not_ended`. Two configurations run
+side by side, a thread each; the one that has done gives its place to the next.
 
 The stream is `unified_edit.evaluate.stream.world_stream`: one subject in five is never
 edited and judges the damage; every `--one-word`th edit is about a name of one word that
@@ -97,13 +97,14 @@ class Task:
     every: int
     at_most: int
     stop_below: float
-    seconds: float
+    deadline: float
+    """By the clock; no step begins after it."""
     statistics: Path
     out: Path
 
 
-def run(task: Task) -> tuple[str, list[dict[str, Any]], dict[str, float]]:
-    """Runs a task in this process: its checkpoints, and seconds of a step by stage."""
+def run(task: Task) -> tuple[str, list[dict[str, Any]]]:
+    """Runs a task in this process; its name and checkpoints."""
     import torch
 
     torch.set_num_threads(1)
@@ -129,13 +130,14 @@ def run(task: Task) -> tuple[str, list[dict[str, Any]], dict[str, float]]:
     stream = world_stream(world, task.edits, one_word_every=task.one_word)
     on_limit = task.configuration.guard
     guard = OFF if on_limit is None else Guard(on_limit=on_limit)  # type: ignore[arg-type]
-    session = EditSession.begin(
-        model,
-        tokenizer,
-        chosen,
-        statistics,
-        guard=guard,
-        canary=Canary.of(tokenizer, stream.canary),
+    canary = Canary.of(tokenizer, stream.canary)
+    saved = task.out / "session.safetensors"
+    session = (
+        EditSession.resume(saved, model, tokenizer, statistics, canary=canary)
+        if saved.exists()
+        else EditSession.begin(
+            model, tokenizer, chosen, statistics, guard=guard, canary=canary
+        )
     )
     found = run_sequence(
         session,
@@ -152,14 +154,30 @@ def run(task: Task) -> tuple[str, list[dict[str, Any]], dict[str, float]]:
             "machine": machine(),
             "versions": versions(),
         },
-        seconds=task.seconds,
+        seconds=max(0.0, task.deadline - time.time()),
     )
-    lines = (task.out / "steps.jsonl").read_text().splitlines()
-    spent: dict[str, float] = {}
+    return task.name, found
+
+
+def spent(folder: Path) -> dict[str, float]:
+    """Seconds of a run's step, by stage."""
+    lines = (folder / "steps.jsonl").read_text().splitlines()
+    found: dict[str, float] = {}
     for line in lines:
         for stage, seconds in json.loads(line)["seconds"].items():
-            spent[stage] = spent.get(stage, 0.0) + seconds / len(lines)
-    return task.name, found, spent
+            found[stage] = found.get(stage, 0.0) + seconds / len(lines)
+    return found
+
+
+def read_runs(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """Checkpoints of all runs in a folder, and seconds of a step, by name."""
+    found, seconds = {}, {}
+    for path in sorted(folder.glob("*/run.json")):
+        name = json.loads(path.read_bytes())["name"]
+        lines = (path.parent / "checkpoints.jsonl").read_text().splitlines()
+        found[name] = [json.loads(line) for line in lines]
+        seconds[name] = spent(path.parent)
+    return found, seconds
 
 
 def skills_of(checkpoint: dict[str, Any]) -> float:
@@ -171,7 +189,8 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Edits held, onsets and what was left of skills, for each configuration."""
     from unified_edit.evaluate.onset import ability, held, onsets
 
-    answer: dict[str, Any] = {"held": {}, "not_ended": [], "onsets": {}, "last": {}}
+    answer: dict[str, Any] = {name: {} for name in ("held", "onsets", "last", "curves")}
+    answer["not_ended"] = []
     for name, found in runs.items():
         edits = [line["edits"] for line in found]
         kept = [
@@ -198,6 +217,14 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             answer["not_ended"].append(name)
         answer["onsets"][name] = [times.forgetting, times.collapse]
         within = [line for line in found if line["edits"] <= holding.edits]
+        answer["curves"][name] = {
+            "edits": edits,
+            "s": s,
+            "rewrite_accuracy": said,
+            "unrelated": [line["unrelated"][0] for line in found],
+            "skills": [skills_of(line) for line in found],
+            "drift": [max(line["drift"].values()) for line in found],
+        }
         answer["last"][name] = {
             "edits": edits[-1],
             "s": s[-1],
@@ -225,29 +252,10 @@ def compared(answer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument(
-        "--experiment",
-        choices=("recipes", "regularizers", "guard"),
-        default="recipes",
-    )
-    parser.add_argument("--family", default="gpt2")
-    parser.add_argument("--edits", type=int, default=1500)
-    parser.add_argument("--one-word", type=int, default=25)
-    parser.add_argument("--every", type=int, default=50)
-    parser.add_argument("--at-most", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--configurations", nargs="+")
-    parser.add_argument("--runs", type=Path, help="Folder that keeps the runs.")
-    parser.add_argument("--full", action="store_true")
-    arguments = parser.parse_args()
-    console = Console(stderr=arguments.json, width=140)
-    begun = time.perf_counter()
-    # Before torch is loaded, here and in the processes that inherit it.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    from benchmarks.report import print_json, processor, versions
+def measure(
+    arguments: argparse.Namespace, runs: Path, statistics: Path, console: Console
+) -> None:
+    """Runs the configurations, two at a time; what is in `runs` is gone on with."""
     from covariance_cache import StatisticsStore
     from unified_edit.demo import load, world_statistics
     from unified_edit.evaluate.world import World
@@ -258,45 +266,72 @@ def main() -> None:
         chosen = {name: chosen[name] for name in arguments.configurations}
     elif arguments.experiment == "recipes" and not arguments.full:
         chosen = {name: chosen[name] for name in list(chosen)[:4]}
+    runs.mkdir(parents=True, exist_ok=True)
+    store = StatisticsStore(statistics)
+    model, tokenizer = load(WORLD / arguments.family)
+    preset = matching_preset(model.config)
+    assert preset is not None
+    world = World.load(WORLD / "data")
+    for each in world_statistics(
+        model, tokenizer, world, preset, progress=False
+    ).values():
+        store.save(each)
+    minutes = 1e6 if arguments.full else arguments.minutes
+    deadline = time.time() + 60 * minutes
+    tasks = [
+        Task(
+            name,
+            configuration,
+            arguments.family,
+            arguments.edits,
+            arguments.one_word,
+            arguments.every,
+            arguments.at_most,
+            0.5 if arguments.full else AT_LEAST,
+            deadline,
+            statistics,
+            runs / name.replace(" ", "-").replace(",", "").replace(":", ""),
+        )
+        for name, configuration in chosen.items()
+    ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        for name, checkpoints in pool.map(run, tasks):
+            console.print(f"{name}: {checkpoints[-1]['edits']} edits")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--experiment",
+        choices=("recipes", "regularizers", "guard"),
+        default="recipes",
+    )
+    parser.add_argument("--family", default="gpt2")
+    parser.add_argument("--edits", type=int, default=4000)
+    parser.add_argument("--one-word", type=int, default=25)
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--at-most", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=21.0)
+    parser.add_argument("--configurations", nargs="+")
+    parser.add_argument("--runs", type=Path, help="Folder that keeps the runs.")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument(
+        "--summarize", action="store_true", help="Only read what --runs holds."
+    )
+    arguments = parser.parse_args()
+    console = Console(stderr=arguments.json, width=140)
+    begun = time.perf_counter()
+    # Before torch is loaded, here and in the processes that inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from benchmarks.report import print_json, processor, versions
+
     with tempfile.TemporaryDirectory() as temporary:
         runs = arguments.runs or Path(temporary) / "runs"
-        runs.mkdir(parents=True, exist_ok=True)
-        store = StatisticsStore(Path(temporary) / "statistics")
-        model, tokenizer = load(WORLD / arguments.family)
-        preset = matching_preset(model.config)
-        assert preset is not None
-        world = World.load(WORLD / "data")
-        for each in world_statistics(
-            model, tokenizer, world, preset, progress=False
-        ).values():
-            store.save(each)
-        # A pair at a time: each may take its share of what is left.
-        rounds = -(-len(chosen) // 2)
-        share = 60 * arguments.minutes / rounds if not arguments.full else 1e9
-        tasks = [
-            Task(
-                name,
-                configuration,
-                arguments.family,
-                arguments.edits,
-                arguments.one_word,
-                arguments.every,
-                arguments.at_most,
-                0.5 if arguments.full else AT_LEAST,
-                share,
-                Path(temporary) / "statistics",
-                runs / name.replace(" ", "-").replace(",", "").replace(":", ""),
-            )
-            for name, configuration in chosen.items()
-        ]
-        context = multiprocessing.get_context("spawn")
-        found: dict[str, list[dict[str, Any]]] = {}
-        seconds: dict[str, dict[str, float]] = {}
-        with ProcessPoolExecutor(2, mp_context=context) as pool:
-            for name, checkpoints, spent in pool.map(run, tasks):
-                found[name] = checkpoints
-                seconds[name] = spent
-                console.print(f"{name}: {checkpoints[-1]['edits']} edits")
+        if not arguments.summarize:
+            measure(arguments, runs, Path(temporary) / "statistics", console)
+        found, seconds = read_runs(runs)
     answer = summary(found)
     if {"rome_original", "memit"} < found.keys():
         answer = {**compared(answer), **answer}

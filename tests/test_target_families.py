@@ -24,7 +24,7 @@ CHOSEN = [EDITS[0], EDITS[2], EDITS[3]]
 """Subject first, last, quoted."""
 SETTINGS = TargetSettings(
     "block_output",
-    steps=2,  # the first has no KL to descend; the second has all
+    steps=3,
     learning_rate=0.3,
     clamp=4.0,
     kl_factor=0.5,

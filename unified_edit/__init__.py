@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         SecondMoment,
         Slack,
     )
+    from unified_edit.algebra.regularize import Regularizer
     from unified_edit.algebra.solve import Certificate, Solution, factorize, solve
     from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress
     from unified_edit.checkpoint.lora import export_lora
@@ -39,13 +40,18 @@ if TYPE_CHECKING:
         evaluate_counterfact,
     )
     from unified_edit.evaluate.generations import Sampling, read_references
+    from unified_edit.evaluate.report import write_report
+    from unified_edit.evaluate.sequential import Plan, Probes, run_sequence
+    from unified_edit.evaluate.tasks import evaluate_tasks
     from unified_edit.evaluate.zsre import ZsreScores, evaluate_zsre, read_zsre
+    from unified_edit.guard import Guard, Readings
     from unified_edit.hparams import HparamsFile, read_hparams
     from unified_edit.ledger import Ledger
     from unified_edit.ledger_rebuild import rebuild
     from unified_edit.live import Applied, applied, apply
     from unified_edit.model.descent import Targets, TargetSettings
     from unified_edit.model.frames import Frame, chat_frame
+    from unified_edit.model.perplexity import Canary
     from unified_edit.model.prompts import Contexts, ContextSettings
     from unified_edit.preparation import Prepared, prepare
     from unified_edit.recipes import (
@@ -64,6 +70,8 @@ if TYPE_CHECKING:
         rome_original,
     )
     from unified_edit.report import EditReport
+    from unified_edit.session import EditSession
+    from unified_edit.session_state import SequenceState, Step
     from unified_edit.target_cache import TargetCache
 
 _HOMES = {
@@ -71,6 +79,7 @@ _HOMES = {
         "Equality LeastSquares NullSpace Objective PreviousKeys Ridge SecondMoment "
         "Slack"
     ),
+    "algebra.regularize": "Regularizer",
     "algebra.solve": "Certificate Solution factorize solve",
     "algebra.update": "RankKUpdate UpdateSet WeightAddress",
     "checkpoint.lora": "export_lora",
@@ -80,13 +89,18 @@ _HOMES = {
     "engine": "EditResult edit",
     "evaluate.counterfact": "CounterFactScores evaluate_counterfact",
     "evaluate.generations": "Sampling read_references",
+    "evaluate.report": "write_report",
+    "evaluate.sequential": "Plan Probes run_sequence",
+    "evaluate.tasks": "evaluate_tasks",
     "evaluate.zsre": "ZsreScores evaluate_zsre read_zsre",
+    "guard": "Guard Readings",
     "hparams": "HparamsFile read_hparams",
     "ledger": "Ledger",
     "ledger_rebuild": "rebuild",
     "live": "Applied applied apply",
     "model.descent": "TargetSettings Targets",
     "model.frames": "Frame chat_frame",
+    "model.perplexity": "Canary",
     "model.prompts": "ContextSettings Contexts",
     "preparation": "Prepared prepare",
     "recipes": (
@@ -94,12 +108,15 @@ _HOMES = {
         "recipe rome rome_original"
     ),
     "report": "EditReport",
+    "session": "EditSession",
+    "session_state": "SequenceState Step",
     "target_cache": "TargetCache",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Applied",
+    "Canary",
     "Certificate",
     "ContextSettings",
     "Contexts",
@@ -107,23 +124,31 @@ __all__ = [
     "Edit",
     "EditReport",
     "EditResult",
+    "EditSession",
     "Equality",
     "Frame",
+    "Guard",
     "HparamsFile",
     "LeastSquares",
     "Ledger",
     "NullSpace",
     "Objective",
+    "Plan",
     "Prepared",
     "PreviousKeys",
+    "Probes",
     "RankKUpdate",
+    "Readings",
     "Recipe",
     "Record",
+    "Regularizer",
     "Ridge",
     "Sampling",
     "SecondMoment",
+    "SequenceState",
     "Slack",
     "Solution",
+    "Step",
     "TargetCache",
     "TargetSettings",
     "Targets",
@@ -141,6 +166,7 @@ __all__ = [
     "emmet_seq",
     "encore",
     "evaluate_counterfact",
+    "evaluate_tasks",
     "evaluate_zsre",
     "export_lora",
     "factorize",
@@ -164,8 +190,10 @@ __all__ = [
     "revert",
     "rome",
     "rome_original",
+    "run_sequence",
     "solve",
     "verify",
+    "write_report",
 ]
 
 

@@ -70,7 +70,7 @@ class Guard:
     condition: float | None = 1e12
     relative_norm: float | None = None
     drift: float | None = None
-    damage: float | None = 0.1
+    damage: float | None = 0.02
     total_damage: float | None = None
     canary: float | None = 1.1
     total_canary: float | None = 2.0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from unified_edit.errors import UnifiedEditError
 
 if TYPE_CHECKING:
-    from unified_edit.evaluate.report import Run
+    from unified_edit.evaluate.runs import Run
 
 _LIGHT = (
     *("#0072b2", "#d55e00", "#00875f", "#b3568d"),
