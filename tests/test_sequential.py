@@ -299,6 +299,9 @@ def test_another_run_is_not_written_over(
     other = embedded.begin(recipe("memit", PRESET), guard=Guard(on_limit="warn"))
     with pytest.raises(EditError, match="differs in recipe"):
         run(embedded, out, other)
+    assert lines(out / "steps.jsonl") == lines(whole / "steps.jsonl")
+    with pytest.raises(EditError, match="of 5 steps, the session has made 0"):
+        run(embedded, out, embedded.begin(guard=Guard(on_limit="warn")))
     (out / "steps.jsonl").unlink()
     with pytest.raises(EditError, match="has made 5 steps, steps.jsonl has 0"):
         run(embedded, out, embedded.resume(out))

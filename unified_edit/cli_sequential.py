@@ -12,9 +12,11 @@ import typer
 from unified_edit.console import (
     Device,
     Dtype,
+    Force,
     Json,
     Limit,
     Model,
+    check_new,
     one_line_errors,
     show,
 )
@@ -77,6 +79,10 @@ def sequential(
             help="JSON of facts and skills to ask at checkpoints (docs/sequences.md)."
         ),
     ] = None,
+    update: Annotated[
+        Path | None, typer.Option(help="File for the sequence's update, to `patch`.")
+    ] = None,
+    force: Force = False,
     name: Annotated[str | None, typer.Option(help="Of the run, in reports.")] = None,
     preset: Annotated[
         str | None,
@@ -102,6 +108,8 @@ def sequential(
     them. The model's folder stays as it is.
     """
     with one_line_errors():
+        if update is not None:
+            check_new(update, force)
         from covariance_cache import StatisticsStore
         from unified_edit.display import sequence_table
         from unified_edit.edits import read_records
@@ -164,6 +172,8 @@ def sequential(
             },
             progress=True,
         )
+        if update is not None:
+            session.update.save(update)
         show(
             {"run": str(out), "checkpoints": found},
             as_json,

@@ -33,7 +33,7 @@ from unified_edit.model.perplexity import Canary
 from unified_edit.model.scoring import score
 from unified_edit.model.targets import TargetStore
 from unified_edit.session import EditSession
-from unified_edit.session_state import Step
+from unified_edit.session_state import SequenceState, Step
 
 FORMAT = "unified-edit/run/1"
 _RECENT = 20
@@ -238,6 +238,7 @@ class _Run:
                 _write(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
             # What came after the last saved state is done again.
             kept = state.steps
+            self._check_state(kept)
             self.checkpoints = _keep(self.out / "checkpoints.jsonl", kept)
             self.steps = _keep(self.out / "steps.jsonl", kept)
         except OSError as error:
@@ -249,6 +250,17 @@ class _Run:
             )
         if self.checkpoints:
             self.seconds = self.checkpoints[-1]["seconds"]
+
+    def _check_state(self, steps: int) -> None:
+        """Refuses a session that is not the one that the folder was left with."""
+        saved, lines = self.out / "session.safetensors", self.out / "steps.jsonl"
+        known = SequenceState.load(saved).steps if saved.exists() else 0
+        if known != steps or (not saved.exists() and lines.exists()):
+            raise EditError(
+                f"{self.out}: holds a run, whose state is "
+                f"{f'of {known} steps' if saved.exists() else 'missing'}, the session "
+                f"has made {steps}; resume the saved one, or name another folder"
+            )
 
     def due(self, step: int, steps: int) -> bool:
         """Whether a checkpoint is missing where the run was left."""
