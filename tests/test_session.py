@@ -374,6 +374,21 @@ def test_readings_are_what_they_say(tiny: Tiny) -> None:
     assert found.leverage == pytest.approx(float(leverage), rel=1e-6)
 
 
+def test_text_may_be_read_now_and_then(tiny: Tiny) -> None:
+    canary = Canary.of(tiny.tokenizer, HELD_OUT)
+    guard = Guard(on_limit="warn", damage=None, every=2)
+    session = begin(tiny, canary=canary, guard=guard)
+    found = [session.step([each]).readings for each in EDITS[:4]]
+    assert [r is not None and r.canary is not None for r in found] == [True, False] * 2
+    assert all(r is not None and r.damage is not None for r in found)
+    # The third step's is relative to the first's, the last that was read.
+    third, state = found[2], session.state
+    assert third is not None and state.perplexity is not None
+    assert third.total_canary == pytest.approx(
+        state.perplexity[1] / state.perplexity[0]
+    )
+
+
 def test_warnings_let_an_edit_through(tiny: Tiny) -> None:
     plain = begin(tiny)
     plain.step(EDITS[:2])
@@ -452,6 +467,7 @@ def test_an_interrupted_step_leaves_the_model_as_it_was(
         ({"damage": 0.0}, "damage must be positive, or None"),
         ({"drift": math.nan}, "drift must be positive"),
         ({"sample": -1}, "sample must be ≥ 0"),
+        ({"every": 0}, "every must be ≥ 1"),
     ],
 )
 def test_bad_limits_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -28,8 +28,9 @@ from unified_edit.model.scoring import generate
 from unified_edit.presets import PRESETS
 from unified_edit.recipes import RECIPES, matching_preset, recipe
 
-METHODS = tuple(name for name in RECIPES if name != "r_rome")
-"""r-ROME is ROME's recipe under another name."""
+METHODS = tuple(n for n in RECIPES if n not in ("r_rome", "memit_seq", "emmet_seq"))
+"""r-ROME is ROME's recipe under another name, and without a sequence memit_seq is MEMIT
+and emmet_seq EMMET."""
 WRITTEN = "emmet"
 """The recipe whose update the demo writes into a checkpoint."""
 FAMILIES = ("gpt2", "llama")

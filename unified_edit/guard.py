@@ -76,7 +76,10 @@ class Guard:
     total_canary: float | None = 2.0
     retention: float | None = 0.75
     sample: int = 8
-    """Earlier edits that are asked at each step."""
+    """Earlier edits that are asked."""
+    every: int = 1
+    """Steps between readings of held-out text and earlier edits, which take most of the
+    guard's time; what the solution says is looked at in every step."""
 
     def __post_init__(self) -> None:
         if self.on_limit not in get_args(OnLimit):
@@ -90,6 +93,8 @@ class Guard:
                 raise RecipeError(f"the guard's {name} must be positive, or None")
         if type(self.sample) is not int or self.sample < 0:
             raise RecipeError(f"the guard's sample must be ≥ 0, not {self.sample!r}")
+        if type(self.every) is not int or self.every < 1:
+            raise RecipeError(f"the guard's every must be ≥ 1, not {self.every!r}")
 
     def broken(self, readings: Readings) -> dict[str, str]:
         """Limit → what is beyond it, in words."""
@@ -119,5 +124,6 @@ class Guard:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
-OFF = Guard(**dict.fromkeys(_WORDS), on_limit="warn", sample=0)
+_NO_LIMITS: dict[str, Any] = dict.fromkeys(_WORDS)
+OFF = Guard(**_NO_LIMITS, on_limit="warn", sample=0)
 """No limits, nothing measured but what the solution says."""

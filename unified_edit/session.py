@@ -182,11 +182,8 @@ class EditSession:
         canary: Canary | None = None,
     ) -> EditSession:
         """A saved session, on the unedited model: its next steps are, bit for bit, what
-        they would have been.
-
-        Raises:
-            SessionError: not a session's file, another model or other statistics.
-        """
+        they would have been. Raises SessionError as the constructor, and for a file
+        that is no session's."""
         state = SequenceState.load(path)
         return cls(model, tokenizer, statistics, state, canary=canary)
 
@@ -358,8 +355,7 @@ class EditSession:
         )
 
     def skip(self, edits: Sequence[Edit], reason: str) -> Step:
-        """Counts a step that could not be tried, such as edits that contradict each
-        other, as a refused one."""
+        """Counts a step that could not be tried as a refused one."""
         return self._refuse(edits, (reason,), None, {})
 
     def _refuse(
@@ -426,6 +422,8 @@ class EditSession:
         """Some of the standing edits, but for those that are made anew; the same for
         the same state."""
         state = self.state
+        if not state.reads:
+            return []
         fresh = {edit.text for edit in edits}
         known = [edit for edit in state.standing if edit.text not in fresh]
         chosen = random.Random(f"{state.seed} {state.steps}")
@@ -437,7 +435,8 @@ class EditSession:
         return score(self._adapter, self.tokenizer, prompts, targets, frame=frame)
 
     def _perplexity(self) -> float | None:
-        if self._canary is None or not self.state.guard.reads_text:
+        guard = self.state.guard
+        if self._canary is None or not (guard.reads_text and self.state.reads):
             return None
         return self._canary.perplexity(self._adapter)
 

@@ -73,6 +73,11 @@ class SequenceState:
     """Of the unedited model on held-out text, and after the last step."""
 
     @property
+    def reads(self) -> bool:
+        """Whether the guard reads text and asks earlier edits in the next step."""
+        return self.steps % self.guard.every == 0
+
+    @property
     def standing(self) -> list[Edit]:
         """The edits that no later one replaced, in their order."""
         last = {edit.text: edit for edit in self.edits}
