@@ -222,3 +222,8 @@ def test_ability_is_the_mean_of_what_there_is() -> None:
     assert ability(nothing, [0.5, 0.25], [8, 9]) == ([0.5, 0.25], "unrelated facts")
     logs, name = ability(nothing, nothing, [math.e, None])
     assert (logs, name) == ([pytest.approx(-1), None], "perplexity")
+
+
+def test_s_over_a_few_edits_is_no_news() -> None:
+    assert held([0, 1, 9, 10, 20], [None, 0.5, 0.7, 0.9, 0.6]) == Held(10, ended=True)
+    assert held([0, 1, 10], [None, 0.9, 0.5]) == Held(1, ended=True)

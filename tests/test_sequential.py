@@ -313,10 +313,13 @@ def test_another_run_is_not_written_over(
         run_sequence(embedded.begin(), [], PLAN, tmp_path / "empty")
 
 
-def test_a_sequence_ends_below_a_score(embedded: Embedded, tmp_path: Path) -> None:
+def test_a_sequence_ends_below_a_score(
+    embedded: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequential, "FEWEST_EDITS", 4)
     plan = Plan(batch_size=2, stop_below=1.01, every=2)
     found = run(embedded, tmp_path / "run", embedded.begin(guard=OFF), plan)
-    assert [line["edits"] for line in found] == [0, 2]
+    assert [line["edits"] for line in found] == [0, 2, 4]
 
 
 def test_checkpoints_may_sample_earlier_edits(

@@ -177,7 +177,12 @@ def sequential(
         show(
             {"run": str(out), "checkpoints": found},
             as_json,
-            lambda: [sequence_table(found), f"wrote {out}"],
+            lambda: [
+                sequence_table(found),
+                "same: other facts about edited subjects; other: unrelated facts; "
+                f"steps refused by the guard: {found[-1]['guard']['refused']}",
+                f"wrote {out}",
+            ],
         )
 
 

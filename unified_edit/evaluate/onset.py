@@ -29,11 +29,13 @@ EVIDENCE = 10.0
 evidence, because the change was looked for at every checkpoint."""
 COLLAPSE, FORGETTING = 0.2, 0.05
 """Least falls that count."""
+FEWEST_EDITS = 10
+"""Edits below which S is too coarse for a limit: with one, a paraphrase decides."""
 FEWEST = 4
 """Checkpoints below which nothing is said."""
 
-RULES = f"""Edits held: those of the last checkpoint before S, over all edits so far,
-first falls below {{limit:g}}; “≥” where it never fell.
+RULES = f"""Edits held: those of the last checkpoint before S, over all edits so far and
+{FEWEST_EDITS} at least, first falls below {{limit:g}}; “≥” where it never fell.
 
 Collapse: the checkpoints are cut in two where two means miss general ability
 ({{ability}}) least. It counts if the mean falls by {COLLAPSE:g} or more, two means are
@@ -68,7 +70,8 @@ class Onsets:
 
 def held(edits: Sequence[int], s: Series, at_least: float = 0.8) -> Held:
     """The last checkpoint before S, over all facts edited so far, first falls below a
-    limit; S that recovers later does not count.
+    limit; S that recovers later does not count, nor does S over fewer edits than
+    `FEWEST_EDITS`.
 
     Args:
         edits: edits made before each checkpoint, ascending.
@@ -80,7 +83,7 @@ def held(edits: Sequence[int], s: Series, at_least: float = 0.8) -> Held:
     times, values = _measured(edits, s)
     last = 0
     for time, value in zip(times, values, strict=True):
-        if value < at_least:
+        if value < at_least and time >= FEWEST_EDITS:
             return Held(last, ended=True)
         last = int(time)
     return Held(last, ended=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,8 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from tqdm import tqdm
 
+from covariance_cache.statistics import library_version
 from unified_edit.edits import Record
 from unified_edit.errors import EditError, InfeasibleEdits
 from unified_edit.evaluate.counterfact import evaluate_counterfact
@@ -28,6 +32,7 @@ from unified_edit.evaluate.generations import (
     sampled_texts,
 )
 from unified_edit.evaluate.intervals import bootstrap, mean_of
+from unified_edit.evaluate.onset import FEWEST_EDITS
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.perplexity import Canary
 from unified_edit.model.scoring import score
@@ -116,7 +121,7 @@ class Plan:
     """Earlier edits that are scored at a checkpoint, a seeded sample of them if there
     are more; None scores all."""
     stop_below: float | None = None
-    """The run ends at a checkpoint where S over all edits is below."""
+    """The run ends at a checkpoint where S over all edits, ten at least, is below."""
     seed: int = 0
     """Of samples and intervals."""
 
@@ -208,6 +213,11 @@ class _Run:
         settings = {
             "format": FORMAT,
             **{"name": recipe.name, "model": None, "records": None},
+            "version": library_version(),
+            "versions": (
+                f"Python {platform.python_version()}, torch {torch.__version__}, "
+                f"transformers {transformers.__version__}"
+            ),
             **about,
             "base_fingerprint": state.base_fingerprint,
             "recipe": recipe.as_dict(),
@@ -224,7 +234,7 @@ class _Run:
                 known = json.loads(path.read_bytes())
                 odd = sorted(
                     k
-                    for k in {*known, *settings} - {"machine", "versions"}
+                    for k in {*known, *settings} - {"machine", "version", "versions"}
                     if known.get(k) != settings.get(k)
                 )
                 if odd:
@@ -269,8 +279,10 @@ class _Run:
 
     def collapsed(self) -> bool:
         """Whether S is so low that the run ends."""
-        limit, last = self.plan.stop_below, self.checkpoints[-1]["earlier"]
-        return limit is not None and bool(last) and last["s"][0] < limit
+        limit, last = self.plan.stop_below, self.checkpoints[-1]
+        if limit is None or last["edits"] < FEWEST_EDITS:
+            return False
+        return bool(last["earlier"]) and last["earlier"]["s"][0] < limit
 
     def step(self, target_cache: TargetStore | None) -> None:
         """Edits the next batch in, and writes its line."""
