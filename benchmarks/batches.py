@@ -2,9 +2,8 @@
 
     python benchmarks/batches.py [--json] [--family gpt2] [--sizes 1 4 16 64 256 1024]
 
-Each size is tried on batches of its own (64 of one edit, 16 of four, 8 of sixteen, 4
-of 64, one of each larger size) from the world's stream, every batch on the unedited
-model; figures are means over its records. Recipes: `emmet`; `memit` as tuned, on two
+Each size is tried on batches of its own (24 of one edit, 8 of four, 4 of sixteen, 2 of
+64, one of each larger size) from the world's stream, every batch on the unedited model; figures are means over its records. Recipes: `emmet`; `memit` as tuned, on two
 layers; `memit, one layer`, on EMMET's layer with EMMET's targets. The last, at
 λ = w·λ_D, is what EMMET's published code makes of λ_D on the n × n matrix and C scaled
 by w, which is written out densely here and compared. A batch that equality cannot hold
@@ -43,7 +42,7 @@ from unified_edit.evaluate.world import World
 from unified_edit.recipes import Recipe, matching_preset, recipe
 
 WORLD = Path(__file__).parents[1] / "examples" / "tinyworld"
-COUNTS = {1: 64, 4: 16, 16: 8, 64: 4}
+COUNTS = {1: 24, 4: 8, 16: 4, 64: 2}
 """Batches of a size; one of any other."""
 W, LAMBDA_D = 200.0, 0.1
 """EMMET's published w and λ_D: here w·λ_D is the preset's λ of MEMIT."""
