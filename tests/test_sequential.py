@@ -450,3 +450,20 @@ def test_edits_that_stop_holding_are_noticed(embedded: Embedded) -> None:
         session._originals[0].mul_(-1.0)
     third = session.step([embedded.stream.records[6].edit])
     assert third.readings is not None and (third.readings.retention or 0) < 0.5
+
+
+@pytest.mark.data
+def test_how_many_subjects_are_one_token_at_the_prompts_begin() -> None:
+    """The figure in docs/results.md."""
+    from model_kit import DATA
+    from transformers import AutoTokenizer
+
+    path = DATA / "counterfact" / "flat.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers" / "gpt2")
+    cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    first = [case for case in cases if case["prompt"].startswith(case["subject"])]
+    ids = tokenizer([case["subject"] for case in first], add_special_tokens=False)
+    alone = sum(len(row) == 1 for row in ids["input_ids"])
+    assert (len(cases), len(first), alone) == (21_719, 17_414, 78)
