@@ -14,35 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-LONGEST = (
-    "test_conformance",
-    "test_conformance_files",
-    "test_statistics_ranks",
-    "test_tinyworld",
-    "test_ranks",
-    "test_readme",
-    "test_checkpoint_killed",
-    "test_target_families",
-    "test_statistics_killed",
-    "test_ledger",
-    "test_tasks",
-    "test_checkpoint_fuzz_files",
-    "test_benchmark_statistics",
-)
-"""Files that take the longest, and go first: one of them, begun last, would keep one
-worker alone. pytest-xdist puts those of few tests last, some of which are long."""
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config.option, "loadscopereorder"):
-        config.option.loadscopereorder = False
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-
-
 @pytest.fixture
 def tell(record_property) -> Callable[[str], None]:  # type: ignore[no-untyped-def]
     """Prints a line after all tests, such as what a test counted."""
