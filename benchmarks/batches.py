@@ -3,7 +3,8 @@
     python benchmarks/batches.py [--json] [--family gpt2] [--sizes 1 4 16 64 256 1024]
 
 Each size is tried on batches of its own (24 of one edit, 12 of four, 6 of sixteen, 3 of
-64, one of each larger size) from the world's stream, every batch on the unedited model; figures are means over its records. Recipes: `emmet`; `memit` as tuned, on two
+64, one of each larger size) from the world's stream, every batch on the unedited model;
+figures are means over its records. Recipes: `emmet`; `memit` as tuned, on two
 layers; `memit, one layer`, on EMMET's layer with EMMET's targets. The last, at
 λ = w·λ_D, is what EMMET's published code makes of λ_D on the n × n matrix and C scaled
 by w, which is written out densely here and compared. A batch that equality cannot hold
