@@ -61,6 +61,13 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def model_of(session: EditSession) -> dict[str, Tensor]:
+    """The weights that a session's update makes."""
+    model = copy.deepcopy(session.model)
+    with applied(model, session.update):
+        return weights(model)
+
+
 def assert_same_bits(one: Any, other: Any) -> None:
     a = one if isinstance(one, dict) else weights(one)
     b = other if isinstance(other, dict) else weights(other)
@@ -180,6 +187,9 @@ def test_the_update_is_all_that_changed(tiny: Tiny, tmp_path: Path) -> None:
         )
     session.revert()
     assert_same_bits(session.model, tiny.model)
+    with pytest.raises(SessionError, match="was reverted; fork it"):
+        session.step(EDITS[:1])
+    assert_same_bits(session.fork(copy.deepcopy(tiny.model)).model, model_of(session))
 
 
 def test_many_factors_become_the_change_itself(

@@ -115,7 +115,7 @@ class EditSession:
             layer: adapter.weight(layer).detach().clone() for layer in layers
         }
         self._regularizer = rule = Regularizer.parse(state.recipe.regularizer)
-        self._unfinished = state.recipe
+        self._ended, self._unfinished = False, state.recipe
         if rule is not None and rule.when != "step":
             self._unfinished = replace(state.recipe, regularizer="none")
         self._write({layer: kept.change for layer, kept in state.layers.items()})
@@ -200,9 +200,10 @@ class EditSession:
         )
 
     def revert(self) -> None:
-        """The unedited weights, bit for bit. The state stays: `fork` and `save` still
-        work, `step` goes on from it."""
+        """The unedited weights, bit for bit, and the session's end; the state stays, to
+        be saved or forked."""
         self._put(self._originals)
+        self._ended = True
 
     @property
     def drift(self) -> dict[int, float]:
@@ -264,6 +265,8 @@ class EditSession:
             as `edit`, but for what the guard knows how to take: a system that cannot
             be solved, or a model whose outputs are not finite, is a refused step.
         """
+        if self._ended:
+            raise SessionError("the session was reverted; fork it, or resume it")
         check_edits(edits)
         state, adapter = self.state, self._adapter
         seconds: dict[str, float] = {}
@@ -295,6 +298,8 @@ class EditSession:
                         state.contexts,
                         targets,
                     )
+                    keys = {layer: each.keys for layer, each in solved.items()}
+                    prepared = self._prepared.added(keys)
             except (IllConditioned, NonFiniteError) as error:
                 return self._refuse(edits, (str(error),), None, seconds)
             holding = [
@@ -306,13 +311,11 @@ class EditSession:
         reasons = tuple(tried.broken.values())
         if not tried.made:
             return self._refuse(edits, reasons, tried.readings, seconds)
-        with timed(seconds, "solve"):
-            keys = {layer: each.keys for layer, each in solved.items()}
-            self._prepared = self._prepared.added(keys)
+        self._prepared = prepared
         layers = {
             layer: replace(kept, folded=held.folded, recent=held.recent)
             for layer, kept in tried.layers.items()
-            for held in (self._prepared.layers[layer],)
+            for held in (prepared.layers[layer],)
         }
         perplexity = state.perplexity
         if perplexity is not None and tried.perplexity is not None:
@@ -344,15 +347,8 @@ class EditSession:
             decision = "warned"
             _log.warning("step %d: %s", state.steps, "; ".join(reasons))
         reasons = (*tried.before_shrinking, *reasons)
-        return Step(
-            tuple(edits),
-            decision,
-            reasons,
-            tried.scale,
-            tried.readings,
-            report,
-            seconds,
-        )
+        found = (tried.scale, tried.readings, report, seconds)
+        return Step(tuple(edits), decision, reasons, *found)
 
     def skip(self, edits: Sequence[Edit], reason: str) -> Step:
         """Counts a step that could not be tried as a refused one."""
