@@ -24,8 +24,12 @@ from unified_edit.console import (
     Dtype,
     Force,
     Json,
+    Layers,
     Limit,
     Model,
+    Preset,
+    Settings,
+    ShrinkageOption,
     check_new,
     fail,
     one_line_errors,
@@ -75,23 +79,15 @@ def edit(
     ],
     statistics: Annotated[Path, typer.Option(help="Folder of key statistics.")],
     out: Annotated[Path, typer.Option(help="File for the update.")],
-    preset: Annotated[
-        str | None,
-        typer.Option(help="By default the model's own, if any; `none` for none."),
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="Such as 13-17 or 0-1,4.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A setting as key=value; may be repeated."),
-    ] = None,
+    preset: Preset = None,
+    layers: Layers = None,
+    settings: Settings = None,
     chat: Annotated[
         bool,
         typer.Option("--chat", help="Put prompts in the tokenizer's chat template."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the contexts.", min=0)] = 0,
-    shrinkage: Annotated[
-        str, typer.Option(help="Of the statistics: none, oas or ridge:0.01.")
-    ] = "none",
+    shrinkage: ShrinkageOption = "none",
     accept_mismatch: Annotated[
         bool,
         typer.Option(

@@ -22,6 +22,18 @@ Dtype = Annotated[
     str, typer.Option(help="To load the model in: float32, bfloat16, float16 or auto.")
 ]
 Limit = Annotated[int | None, typer.Option(help="Use the first N only.", min=1)]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="By default the model's own, if any; `none` for none."),
+]
+Layers = Annotated[str | None, typer.Option(help="Such as 13-17 or 0-1,4.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting as key=value; may be repeated."),
+]
+ShrinkageOption = Annotated[
+    str, typer.Option(help="Of the statistics: none, oas or ridge:0.01.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 

@@ -43,8 +43,11 @@ def foresee(
     for layer, each in solved.items():
         kept, found, reference = states[layer], each.certificate, scales[layer]
         moment = mean_second_moment(prepared.layers[layer].preservation)
-        one = each.update.to(device=originals[layer].device)
+        device = originals[layer].device
+        one = each.update.to(device=device)
         one = RankKUpdate(scale * one.left, one.right)
+        # A state that was read from a file is on the CPU.
+        before = None if kept.change is None else kept.change.to(device=device)
         square = kept.square + (scale * found.norm) ** 2
         damage = None
         if moment is not None and kept.damage is not None:
@@ -52,11 +55,11 @@ def foresee(
             own = scale**2 * found.preservation_damage
             damages.append(own)
             damage = kept.damage + own * reference.mean_square
-        if kept.change is not None:
-            square += 2 * _inner(kept.change, one, None)
+        if before is not None:
+            square += 2 * _inner(before, one, None)
             if damage is not None:
-                damage += 2 * _inner(kept.change, one, moment)
-        change = _joined(kept.change, one)
+                damage += 2 * _inner(before, one, moment)
+        change = _joined(before, one)
         if rule is not None and rule.when == "total":
             change = rule(change, originals[layer])
             ratio = change.norm() ** 2 / square

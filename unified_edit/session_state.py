@@ -33,7 +33,7 @@ class LayerState:
     """What a sequence has done to one layer."""
 
     change: RankKUpdate | None
-    """W_t − W₀ in float32, on the CPU; None before the first edit."""
+    """W_t − W₀ in float32; None before the first edit."""
     square: float = 0.0
     """‖W_t − W₀‖²"""
     damage: float | None = 0.0
