@@ -345,12 +345,13 @@ class Built:
         )
 
 
-def build(family: Family, folder: Path, **changes: Any) -> Built:
-    """Makes and saves one; `changes` are of its config, `dtype` of its weights."""
+def build(family: Family, folder: Path, save: bool = True, **changes: Any) -> Built:
+    """Makes one and saves it; `changes` are of its config, `dtype` of its weights."""
     model = family.make(**{"dtype": torch.float32, **changes})
-    model.save_pretrained(folder)
     tokenizer = make_tokenizer("llama")
-    tokenizer.save_pretrained(folder)
+    if save:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     statistics = collect(
         model, tokenizer, TEXTS, [LAYER], tokens=1000, window=48, seed=0, progress=False
     )
