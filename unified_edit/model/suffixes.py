@@ -10,8 +10,8 @@ forward; nothing here knows a family.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from unified_edit.model.adapter import ModelAdapter, Site
 from unified_edit.model.hooks import (
@@ -27,19 +26,19 @@ from unified_edit.model.hooks import (
     adding,
     by_row,
     hidden_of,
-    reading_at,
     returning,
-    running_at,
     seeing,
     wide,
 )
+from unified_edit.model.partial import (
+    all_but_gaps,
+    pass_cost,
+    prefix_cache,
+    reading,
+    take,
+)
 from unified_edit.model.prompts import pad, within
 from unified_edit.model.rows import Row, by_width, heads_of
-
-_PASS_COST = {"cpu": 1.5e7, "cuda": 1e11}
-"""What starting a block's pass costs on a device, in parameters × tokens: rows of
-unlike width share a pass where padding them costs less. Measured on two CPU cores; on
-CUDA reckoned from 0.25 ms at 400 TFLOP/s."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +144,7 @@ class Bucket:
                 below = [adapter.block(layer) for layer in range(chunk.skipped)]
                 hooks.enter_context(returning(below, entry, chunk.extras))
             hooks.enter_context(
-                _reading(adapter, chunk.layer, self.reads.rows, self.reads.columns)
+                reading(adapter, chunk.layer, self.reads.rows, self.reads.columns)
             )
             output = adapter.model(
                 input_ids=self.ids,
@@ -181,7 +180,7 @@ def run_whole(
     which = [index % len(heads) for index in range(len(rows))]
     rests = [row.prefix[len(heads[w]) :] for row, w in zip(rows, which, strict=True)]
     lengths = [len(rest + row.suffix) for rest, row in zip(rests, rows, strict=True)]
-    for chosen in within(by_width(lengths, _pass_cost(adapter)), lengths):
+    for chosen in within(by_width(lengths, pass_cost(adapter)), lengths):
         order += chosen
         some = [rows[index] for index in chosen]
         whole = pad([rests[i] + rows[i].suffix for i in chosen], adapter.device)
@@ -196,10 +195,10 @@ def run_whole(
             if skipped:
                 hooks.enter_context(seeing(adapter.block(skipped - 1), seen, "entry"))
             columns = reads.columns + cuts[reads.rows]
-            hooks.enter_context(_reading(adapter, layer, reads.rows, columns))
+            hooks.enter_context(reading(adapter, layer, reads.rows, columns))
             output = adapter.model(
                 input_ids=whole.ids,
-                attention_mask=_all_but_gaps(mask, whole.ids),
+                attention_mask=all_but_gaps(mask, whole.ids),
                 position_ids=whole.positions + sizes.to(whole.positions.device),
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -265,13 +264,6 @@ def _run_heads(
     return [(kept.keys, kept.values) for kept in _layers(output.past_key_values)]
 
 
-def _all_but_gaps(mask: Tensor, ids: Tensor) -> Tensor:
-    """The mask [rows, columns + width] of ids after a cache's columns. Padding on the
-    right may be seen: only other padding stands behind it, and a row that saw nothing
-    would be NaN for some attention kernels."""
-    return torch.cat([mask.to(ids), torch.ones_like(ids)], dim=1)
-
-
 def _layers(cache: Cache) -> list[Any]:
     """Of kinds that transformers tells apart; what holds no keys and values fails."""
     return cache.layers
@@ -289,7 +281,7 @@ def _following(
     cache = DynamicCache()
     for index, pair in enumerate(begun if longest else ()):
         keys, values = (
-            _columns(_take(each, head), sizes[:, 0] - longest, longest, dim=2)
+            _columns(take(each, head), sizes[:, 0] - longest, longest, dim=2)
             for each in pair
         )
         cache.update(keys, values, index)
@@ -304,14 +296,14 @@ def as_buckets(chunk: Chunk, edits: Sequence[int]) -> list[Bucket]:
     kl_index = {row: index for index, row in enumerate(kl_rows)}
     found = []
     widths = [len(chunk.rows[index].suffix) for index in chosen]
-    for group in by_width(widths, _pass_cost(chunk.adapter)):
+    for group in by_width(widths, pass_cost(chunk.adapter)):
         index = [chosen[each] for each in group]
         rows = [replace(chunk.rows[i], edit=number[chunk.rows[i].edit]) for i in index]
         suffix = pad([row.suffix for row in rows], chunk.adapter.device)
         before = torch.tensor([[len(row.prefix)] for row in rows])
         prefix = int(before.max())
         mask = torch.arange(prefix) >= prefix - before
-        take = torch.tensor(index)
+        at = torch.tensor(index)
         stays = torch.tensor([kl_index[i] for i in index if i in kl_index]).long()
         entry, width = chunk.entry, suffix.ids.shape[1]
         found.append(
@@ -319,68 +311,18 @@ def as_buckets(chunk: Chunk, edits: Sequence[int]) -> list[Bucket]:
                 chunk=chunk,
                 edits=torch.tensor([row.edit for row in rows]),
                 ids=suffix.ids,
-                mask=_all_but_gaps(mask, suffix.ids),
+                mask=all_but_gaps(mask, suffix.ids),
                 positions=suffix.positions + before.to(suffix.positions.device),
-                cache=_cache(chunk, take, prefix),
-                entry=None if entry is None else _take(entry, take)[:, :width],
+                cache=prefix_cache(
+                    [_last(pair, at, prefix) for pair in chunk.cache if prefix],
+                    chunk.skipped,
+                ),
+                entry=None if entry is None else take(entry, at)[:, :width],
                 reads=Reads.of(rows),
-                reference=_take(chunk.reference, stays),
+                reference=take(chunk.reference, stays),
             )
         )
     return found
-
-
-def _cache(chunk: Chunk, rows: Tensor, prefix: int) -> Cache | None:
-    """The rows' last `prefix` columns."""
-    if not prefix:
-        return None
-    layers: list[Any] = []
-    # Models ask the first layer for the length, also where it does not run.
-    empty = torch.empty(()).expand(1, 1, prefix, 1)
-    layers += [_Prefix(empty, empty) for _ in range(chunk.skipped)]
-    layers += [
-        _Prefix(_take(k, rows)[:, :, -prefix:], _take(v, rows)[:, :, -prefix:])
-        for k, v in chunk.cache
-    ]
-    return Cache(layers=layers)
-
-
-class _Prefix(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer's attention keys and values of the prefixes. It never grows, so that one
-    object serves every step."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
-        keys = torch.cat([self.keys, key_states], dim=-2)
-        return keys, torch.cat([self.values, value_states], dim=-2)
-
-
-def _pass_cost(adapter: ModelAdapter) -> int:
-    """Of one more pass, in tokens."""
-    size = sum(parameter.numel() for parameter in adapter.block(0).parameters())
-    return round(_PASS_COST.get(adapter.device.type, _PASS_COST["cuda"]) / size)
-
-
-@contextmanager
-def _reading(
-    adapter: ModelAdapter, layer: int, rows: Tensor, columns: Tensor
-) -> Iterator[None]:
-    """Logits come as [1, reads, vocabulary]. Above the last attention, where positions
-    no longer meet, only those run that are read."""
-    last = adapter.layer_count - 1
-    mlp = adapter.mlp(last) if layer < last else None
-    with ExitStack() as hooks:
-        if mlp is not None:
-            hooks.enter_context(running_at(mlp, rows, columns))
-        hooks.enter_context(reading_at(adapter.head, rows, columns))
-        yield
 
 
 def _below(site: Site, layer: int) -> int:
@@ -412,9 +354,13 @@ def _columns(tensor: Tensor, starts: Tensor, count: int, dim: int) -> Tensor:
     return tensor.gather(dim, columns.view(shape).expand(wanted))
 
 
-def _take(tensor: Tensor, rows: Tensor) -> Tensor:
-    return tensor.index_select(0, rows.to(tensor.device))
+def _last(
+    pair: tuple[Tensor, Tensor], rows: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """The rows' last columns of attention keys and values."""
+    keys, values = (take(each, rows)[:, :, -count:] for each in pair)
+    return keys, values
 
 
 def _cat(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
-    return _take(torch.cat(list(parts)), rows)
+    return take(torch.cat(list(parts)), rows)
