@@ -24,7 +24,7 @@ class Row:
     third_party: frozenset[str] = frozenset()
 
 
-BASE = ("unified_edit.errors", "unified_edit.edits")
+BASE = ("unified_edit.errors", "unified_edit.edits", "unified_edit.facts")
 ALGEBRA = ("unified_edit.algebra", "unified_edit.algebra.*")
 STATISTICS = ("covariance_cache", "covariance_cache.*")
 MODEL = ("unified_edit.model", "unified_edit.model.*")

@@ -1,6 +1,6 @@
-"""CounterFact's prompts through the genuine tokenizers: subject, target and rows by the
-bytes that tokens stand for, refusals counted. All of them with GPT-2's, every third with
-the others, which is quicker."""
+"""CounterFact's prompts through the genuine tokenizers: subject, target and rows by
+the bytes that tokens stand for, refusals counted. All of them with GPT-2's, every third
+with the others, which is quicker."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ def check_rows(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_prompts(
-    name: str, edits: list[Edit], tell: Callable[[str], None]
-) -> None:
+def test_prompts(name: str, edits: list[Edit], tell: Callable[[str], None]) -> None:
     """With and without a prefix; a refusal would be an error here, and there is none
     to be made: all prompts end with a word, all subjects are in them once."""
     tokenizer = load(name)

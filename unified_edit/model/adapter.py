@@ -185,6 +185,10 @@ class ModelAdapter:
         """The module that holds the edited weight."""
         return self.model.get_submodule(self.key_module(layer))
 
+    def attention(self, layer: int) -> nn.Module:
+        """The attention's output projection."""
+        return self.block(layer).get_submodule(self.architecture.attention)
+
     def target_site(self, asked: Site) -> Site:
         """Where targets are optimised in this family: as asked, unless a norm follows
         the MLP, for then only its own output is linear in the edited weight."""

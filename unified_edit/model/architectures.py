@@ -30,6 +30,8 @@ class Architecture:
     """`Linear` stores [d_value, d_key], `Conv1D` its transpose. Never told by shape:
     a square weight would tell nothing. No dense family fuses this matrix with another.
     """
+    attention: str = "self_attn.o_proj"
+    """The attention's output projection, by its name in the block."""
     normalized: When = False
     """Whether a norm stands between the MLP's output and the block's. Then no change of
     the block's output is a linear target of the down-projection."""
@@ -72,18 +74,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     for record in (
         _family("apertus"),
         _family("arcee"),
-        _family("biogpt", heads=("output_projection",)),
-        _family("bloom"),
-        _family("codegen", parallel=True),
+        _family("biogpt", attention="self_attn.out_proj", heads=("output_projection",)),
+        _family("bloom", attention="self_attention.dense"),
+        _family("codegen", attention="attn.out_proj", parallel=True),
         _family("cohere", parallel=True),
         _family("cohere2", parallel=True),
-        _family("ctrl"),
+        _family("ctrl", attention="multi_head_attention.dense"),
         _family("cwm"),
         _family("diffllama"),
         _family("ernie4_5"),
         _family("exaone4", normalized=True),
         _family(
             "falcon",
+            attention="self_attention.dense",
             parallel=(("new_decoder_architecture", True), ("parallel_attn", True)),
         ),
         _family("gemma"),
@@ -92,16 +95,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         _family("glm"),
         _family("glm4", normalized=True),
         _family("glm4v_text", normalized=True, alone=False),
-        _family("gpt2", storage="Conv1D"),
-        _family("gpt_bigcode"),
-        _family("gpt_neo"),
+        _family("gpt2", attention="attn.c_proj", storage="Conv1D"),
+        _family("gpt_bigcode", attention="attn.c_proj"),
+        _family("gpt_neo", attention="attn.attention.out_proj"),
         _family(
             "gpt_neox",
+            attention="attention.dense",
             parallel=(("use_parallel_residual", True),),
             heads=("lm_head", "embed_out"),
         ),
-        _family("gpt_neox_japanese", heads=("embed_out",)),
-        _family("gptj", parallel=True),
+        _family("gpt_neox_japanese", attention="attention.dense", heads=("embed_out",)),
+        _family("gptj", attention="attn.out_proj", parallel=True),
         _family("granite", residual_scale="residual_multiplier"),
         _family("granite_swa", residual_scale="residual_multiplier"),
         _family("helium"),
@@ -119,16 +123,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         _family("ministral"),
         _family("ministral3"),
         _family("mistral"),
-        _family("modernbert-decoder", heads=("decoder",)),
-        _family("mpt"),
+        _family("modernbert-decoder", attention="attn.Wo", heads=("decoder",)),
+        _family("mpt", attention="attn.out_proj"),
         _family("nanochat"),
         _family("nemotron"),
         _family("olmo"),
         _family("olmo2", normalized=True),
         _family("olmo3", normalized=True),
-        _family("opt", normalized=(("do_layer_norm_before", False),)),
-        _family("persimmon"),
-        _family("phi", parallel=True),
+        _family(
+            "opt",
+            attention="self_attn.out_proj",
+            normalized=(("do_layer_norm_before", False),),
+        ),
+        _family("persimmon", attention="self_attn.dense"),
+        _family("phi", attention="self_attn.dense", parallel=True),
         _family("phi3"),
         _family("qwen2"),
         _family("qwen2_5_vl_text", alone=False),
@@ -140,7 +148,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _family("stablelm", parallel=(("use_parallel_residual", True),)),
         _family("starcoder2"),
         _family("vaultgemma"),
-        _family("xglm"),
+        _family("xglm", attention="self_attn.out_proj"),
         _family("youtu"),
     )
 }

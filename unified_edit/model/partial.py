@@ -44,6 +44,12 @@ class _Prefix(DynamicLayer):  # type: ignore[no-untyped-call]
         return keys, torch.cat([self.values, value_states], dim=-2)
 
 
+def keys_and_values(cache: Any) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Each layer's attention keys and values, of a cache in which every layer has
+    them: transformers tells several kinds apart, and another fails."""
+    return tuple((kept.keys, kept.values) for kept in cache.layers)
+
+
 def prefix_cache(pairs: Sequence[tuple[Tensor, Tensor]], skipped: int) -> Cache | None:
     """What the positions before the ones that run have left.
 

@@ -142,6 +142,29 @@ def subject_prompts(
     return prompts
 
 
+def subject_starts(
+    tokenizer: Any, filled: Sequence[tuple[str, int]], frame: Frame = PLAIN
+) -> list[int]:
+    """Index of the first token that holds a subject's first character, of (text, index
+    of that character), each in its frame already; for texts that `subject_prompts`
+    takes."""
+    found = []
+    encoded = tokenize(tokenizer, [text for text, _ in filled], special=frame.special)
+    for (text, begin), (ids, offsets) in zip(filled, encoded, strict=True):
+        first = next(i for i, (_, stop) in enumerate(offsets) if stop > begin)
+        start, stop = offsets[first]
+        run = [i for i, each in enumerate(offsets) if tuple(each) == (start, stop)]
+        # As in `_holder`.
+        if len(run) == len(text[start:stop].encode()):
+            first = run[0] + len(text[start:begin].encode())
+        # The space that a tokenizer puts before a text may have the offsets of what
+        # follows it.
+        while not tokenizer.decode([ids[first]]).strip():
+            first += 1
+        found.append(first)
+    return found
+
+
 def _holder(text: str, end: int, offsets: Sequence[tuple[int, int]]) -> int | None:
     """Index of the last token that stands for the character before `end`."""
     found = [i for i, (start, stop) in enumerate(offsets) if start < end <= stop]

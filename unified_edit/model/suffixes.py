@@ -32,6 +32,7 @@ from unified_edit.model.hooks import (
 )
 from unified_edit.model.partial import (
     all_but_gaps,
+    keys_and_values,
     pass_cost,
     prefix_cache,
     reading,
@@ -220,10 +221,10 @@ def run_whole(
             pairs.append(
                 [
                     (
-                        _columns(kept.keys, starts, prefix, dim=2),
-                        _columns(kept.values, starts, prefix, dim=2),
+                        _columns(keys, starts, prefix, dim=2),
+                        _columns(vectors, starts, prefix, dim=2),
                     )
-                    for kept in _layers(cache)[skipped:]
+                    for keys, vectors in keys_and_values(cache)[skipped:]
                 ]
             )
     back = torch.tensor(order).argsort()
@@ -261,12 +262,7 @@ def _run_heads(
         use_cache=True,
         logits_to_keep=1,
     )
-    return [(kept.keys, kept.values) for kept in _layers(output.past_key_values)]
-
-
-def _layers(cache: Cache) -> list[Any]:
-    """Of kinds that transformers tells apart; what holds no keys and values fails."""
-    return cache.layers
+    return list(keys_and_values(output.past_key_values))
 
 
 def _following(
