@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,13 +110,21 @@ class Trials:
         begun = time.perf_counter()
         prepared = prepare(recipe, self.statistics)
         seconds += time.perf_counter() - begun
+        results = one_at_a_time(
+            self.model,
+            self.tokenizer,
+            records,
+            recipe,
+            self.statistics,
+            contexts=contexts,
+            targets=targets,
+            prepared=prepared,
+            seed=self.seed,
+        )
+        bar = tqdm(results, recipe.name, len(records), disable=not self.progress)
         rows = [
-            self._single(
-                record, recipe, contexts, targets.select(index), prepared, index
-            )
-            for index, record in enumerate(
-                tqdm(records, desc=recipe.name, disable=not self.progress)
-            )
+            self._single(record, result, recipe, index)
+            for index, (record, result) in enumerate(zip(records, bar, strict=True))
         ]
         count = len(rows)
         return Trial(
@@ -131,25 +139,8 @@ class Trials:
         )
 
     def _single(
-        self,
-        record: Record,
-        recipe: Recipe,
-        contexts: Contexts,
-        targets: Targets,
-        prepared: Prepared,
-        index: int,
+        self, record: Record, result: EditResult, recipe: Recipe, index: int
     ) -> Trial:
-        result = edit(
-            self.model,
-            self.tokenizer,
-            [record.edit],
-            recipe,
-            self.statistics,
-            contexts=contexts,
-            seed=self.seed,
-            targets=targets,
-            prepared=prepared,
-        )
         others = self.world.unrelated([record])
         stride = max(1, len(others) // UNRELATED)
         asked = others[index % stride :: stride]
@@ -202,6 +193,39 @@ class Trials:
             )
             self._made[key] = contexts, targets, time.perf_counter() - begun
         return self._made[key]
+
+
+def one_at_a_time(
+    model: nn.Module,
+    tokenizer: Any,
+    records: Sequence[Record],
+    recipe: Recipe,
+    statistics: Mapping[int, KeyStatistics],
+    *,
+    contexts: Contexts,
+    targets: Targets,
+    prepared: Prepared | None = None,
+    seed: int = 0,
+) -> Iterator[EditResult]:
+    """Each record's edit alone, on the unedited model.
+
+    Args:
+        targets: of all records.
+        prepared: what `prepare` made for this recipe and these statistics.
+    """
+    prepared = prepared or prepare(recipe, statistics)
+    for index, record in enumerate(records):
+        yield edit(
+            model,
+            tokenizer,
+            [record.edit],
+            recipe,
+            statistics,
+            contexts=contexts,
+            seed=seed,
+            targets=targets.select(index),
+            prepared=prepared,
+        )
 
 
 def _largest_norm(result: EditResult) -> float:
