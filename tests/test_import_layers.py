@@ -100,6 +100,7 @@ ROWS = {
                     "cli_evaluate",
                     "cli_files",
                     "cli_ledger",
+                    "cli_locate",
                     "cli_report",
                     "cli_sequential",
                     "cli_tasks",

@@ -68,7 +68,7 @@ def plain(
     model: Any = adapter.model
     ids, subject, answer = spans_of(tokenizer, fact)
     whole = [*ids, *answer[:-1]]
-    (row,) = tracing._rows(tokenizer, [fact], tracing.PLAIN)
+    (row,) = tracing.rows_of(tokenizer, [fact], tracing.PLAIN)
     size = model.get_input_embeddings()(torch.tensor([0])).shape[-1]
     noise = noise_of(
         row, settings.samples, settings.noise * deviation, settings.seed, size
@@ -122,7 +122,7 @@ def test_a_family_equals_the_definition(
     keep_softmax_wide(monkeypatch)
     (fact,) = (each for each in EDITS if each.prompt.startswith("The town"))
     fact = Edit(fact.prompt, fact.subject, "New York")
-    found = trace(adapter, tokenizer, [fact], FEW, known_only=False)
+    found = trace(adapter.model, tokenizer, [fact], FEW, known_only=False)
     (mine,) = found.traces
     last, count = mine.subject[-1], len(mine.tokens)
     tokens = [1, mine.subject[0], last, last + 1, count - 1]
@@ -161,7 +161,7 @@ def test_windows_and_kinds(tiny: Any, window: int | None, kinds: Any) -> None:
     """Every token; each kind asked for, windows beyond the model's ends."""
     settings = TraceSettings(samples=3, window=window, kinds=kinds, seed=4)
     facts = [EDITS[0], EDITS[2], EDITS[3]]
-    found = trace(tiny.adapter, tiny.tokenizer, facts, settings, known_only=False)
+    found = trace(tiny.model, tiny.tokenizer, facts, settings, known_only=False)
     assert [each.fact for each in found.traces] == facts
     for each in found.traces:
         assert set(each.restored) == set(kinds)
@@ -176,7 +176,7 @@ def test_what_is_not_corrupted_is_not_restored(tiny: Any) -> None:
     is read from brings all of it back."""
     (fact,) = (each for each in EDITS if each.prompt.startswith("The town"))
     one = Edit(fact.prompt, fact.subject, "Cairo")
-    (found,) = trace(tiny.adapter, tiny.tokenizer, [one], FEW, known_only=False).traces
+    (found,) = trace(tiny.model, tiny.tokenizer, [one], FEW, known_only=False).traces
     for kind in KINDS:
         before = found.indirect_effect(kind)[: found.subject.start]
         assert torch.equal(before, torch.zeros_like(before))
@@ -195,8 +195,8 @@ def test_facts_that_the_model_does_not_know_are_counted(tiny: Any) -> None:
         if word:
             facts += [Edit(edit.prompt, edit.subject, word), edit]
     settings = TraceSettings(samples=1, kinds=("hidden",))
-    found = trace(tiny.adapter, tiny.tokenizer, facts, settings)
-    everything = trace(tiny.adapter, tiny.tokenizer, facts, settings, known_only=False)
+    found = trace(tiny.model, tiny.tokenizer, facts, settings)
+    everything = trace(tiny.model, tiny.tokenizer, facts, settings, known_only=False)
     assert found.unknown == everything.unknown
     assert 0 < len(found.traces) < len(facts) == len(everything.traces)
     known = [i for i in range(len(facts)) if i not in found.unknown]
@@ -210,7 +210,7 @@ def test_facts_that_the_model_does_not_know_are_counted(tiny: Any) -> None:
 def test_the_noise_is_a_facts_own(tiny: Any) -> None:
     """The same alone and among others, whose size alone they share; another seed or
     prompt draws another."""
-    rows = tracing._rows(tiny.tokenizer, EDITS, tracing.PLAIN)
+    rows = tracing.rows_of(tiny.tokenizer, EDITS, tracing.PLAIN)
     noise = [noise_of(row, 2, 1.5, 5, 8) for row in rows]
     assert torch.equal(noise[2], noise_of(rows[2], 2, 1.5, 5, 8))
     assert not torch.equal(noise[2], noise_of(rows[2], 2, 1.5, 6, 8))
@@ -221,7 +221,7 @@ def test_the_noise_is_a_facts_own(tiny: Any) -> None:
 
 
 def test_deviation_is_of_the_subjects_embeddings(tiny: Any) -> None:
-    found = trace(tiny.adapter, tiny.tokenizer, EDITS, FEW)
+    found = trace(tiny.model, tiny.tokenizer, EDITS, FEW)
     table = tiny.model.get_input_embeddings().weight
     rows = []
     for each in EDITS:
@@ -256,7 +256,7 @@ def test_nothing_runs_twice(gpt2: Any) -> None:
         for layer in range(layers)
     ]
     try:
-        trace(adapter, gpt2.tokenizer, [fact], settings, known_only=False)
+        trace(adapter.model, gpt2.tokenizer, [fact], settings, known_only=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -288,10 +288,10 @@ def test_bad_settings_are_refused(settings: Any, message: str) -> None:
 
 def test_bad_facts_are_refused(gpt2: Any) -> None:
     with pytest.raises(EditError, match="no facts"):
-        trace(gpt2.adapter, gpt2.tokenizer, [])
+        trace(gpt2.model, gpt2.tokenizer, [])
     long = Edit("{}" + " and so on" * 60, "Ada Lovelace", "Lyon")
     with pytest.raises(PromptError, match="positions"):
-        trace(gpt2.adapter, gpt2.tokenizer, [long])
+        trace(gpt2.model, gpt2.tokenizer, [long])
 
 
 def test_a_damaged_model_is_refused(gpt2: Any) -> None:
@@ -301,14 +301,14 @@ def test_a_damaged_model_is_refused(gpt2: Any) -> None:
     with torch.no_grad():
         model.transformer.h[1].attn.c_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="attn.c_proj"):
-        trace(ModelAdapter.of(model), gpt2.tokenizer, EDITS[:1], FEW)
+        trace(model, gpt2.tokenizer, EDITS[:1], FEW)
 
 
 def test_in_a_frame(gpt2: Any) -> None:
     """What stands around a prompt is before the subject, or further tokens."""
     frame = Frame("Q. ", " What", " ")
     (found,) = trace(
-        gpt2.adapter, gpt2.tokenizer, EDITS[:1], FEW, frame=frame, known_only=False
+        gpt2.model, gpt2.tokenizer, EDITS[:1], FEW, frame=frame, known_only=False
     ).traces
     text = "".join(found.tokens)
     assert text == frame.around(EDITS[0].text)
@@ -395,7 +395,7 @@ def test_known_facts_with_genuine_tokenizers(
     assert len(facts) == len(raw) == 1209
     pieces = Pieces(tokenizer)
     counts: Counter[str] = Counter()
-    rows = tracing._rows(tokenizer, facts, tracing.PLAIN)
+    rows = tracing.rows_of(tokenizer, facts, tracing.PLAIN)
     for entry, fact, row in zip(raw, facts, rows, strict=True):
         assert fact.text == entry["prompt"] and fact.target == entry["attribute"]
         ids, subject = row.ids[: row.prompt], row.subject

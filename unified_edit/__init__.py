@@ -39,11 +39,14 @@ if TYPE_CHECKING:
         CounterFactScores,
         evaluate_counterfact,
     )
+    from unified_edit.evaluate.effects import AverageEffects, average_effects
     from unified_edit.evaluate.generations import Sampling, read_references
+    from unified_edit.evaluate.layer_probe import LayerChoice, recommend
     from unified_edit.evaluate.report import write_report
     from unified_edit.evaluate.sequential import Plan, Probes, run_sequence
     from unified_edit.evaluate.tasks import evaluate_tasks
     from unified_edit.evaluate.zsre import ZsreScores, evaluate_zsre, read_zsre
+    from unified_edit.facts import read_facts
     from unified_edit.guard import Guard, Readings
     from unified_edit.hparams import HparamsFile, read_hparams
     from unified_edit.ledger import Ledger
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from unified_edit.model.frames import Frame, chat_frame
     from unified_edit.model.perplexity import Canary
     from unified_edit.model.prompts import Contexts, ContextSettings
+    from unified_edit.model.tracing import Trace, Traces, TraceSettings, trace
     from unified_edit.preparation import Prepared, prepare
     from unified_edit.recipes import (
         Recipe,
@@ -88,11 +92,14 @@ _HOMES = {
     "edits": "Edit Record check_edits edits_of read_edits read_records",
     "engine": "EditResult edit",
     "evaluate.counterfact": "CounterFactScores evaluate_counterfact",
+    "evaluate.effects": "AverageEffects average_effects",
     "evaluate.generations": "Sampling read_references",
+    "evaluate.layer_probe": "LayerChoice recommend",
     "evaluate.report": "write_report",
     "evaluate.sequential": "Plan Probes run_sequence",
     "evaluate.tasks": "evaluate_tasks",
     "evaluate.zsre": "ZsreScores evaluate_zsre read_zsre",
+    "facts": "read_facts",
     "guard": "Guard Readings",
     "hparams": "HparamsFile read_hparams",
     "ledger": "Ledger",
@@ -102,6 +109,7 @@ _HOMES = {
     "model.frames": "Frame chat_frame",
     "model.perplexity": "Canary",
     "model.prompts": "ContextSettings Contexts",
+    "model.tracing": "Trace TraceSettings Traces trace",
     "preparation": "Prepared prepare",
     "recipes": (
         "Recipe alphaedit emmet emmet_seq encore in_chat memit memit_seq p_rome r_rome "
@@ -116,6 +124,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split
 
 __all__ = [
     "Applied",
+    "AverageEffects",
     "Canary",
     "Certificate",
     "ContextSettings",
@@ -129,6 +138,7 @@ __all__ = [
     "Frame",
     "Guard",
     "HparamsFile",
+    "LayerChoice",
     "LeastSquares",
     "Ledger",
     "NullSpace",
@@ -152,12 +162,16 @@ __all__ = [
     "TargetCache",
     "TargetSettings",
     "Targets",
+    "Trace",
+    "TraceSettings",
+    "Traces",
     "UpdateSet",
     "WeightAddress",
     "ZsreScores",
     "alphaedit",
     "applied",
     "apply",
+    "average_effects",
     "chat_frame",
     "check_edits",
     "edit",
@@ -180,18 +194,21 @@ __all__ = [
     "prepare",
     "r_rome",
     "read_edits",
+    "read_facts",
     "read_hparams",
     "read_records",
     "read_references",
     "read_zsre",
     "rebuild",
     "recipe",
+    "recommend",
     "recover",
     "revert",
     "rome",
     "rome_original",
     "run_sequence",
     "solve",
+    "trace",
     "verify",
     "write_report",
 ]

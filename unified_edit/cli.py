@@ -15,6 +15,7 @@ from unified_edit import (
     cli_evaluate,
     cli_files,
     cli_ledger,
+    cli_locate,
     cli_report,
     cli_sequential,
     cli_tasks,
@@ -82,6 +83,13 @@ def edit(
     preset: Preset = None,
     layers: Layers = None,
     settings: Settings = None,
+    locate_on: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --layers auto: CounterFact records, apart from the edits, on "
+            "which all layers with statistics are tried first."
+        ),
+    ] = None,
     chat: Annotated[
         bool,
         typer.Option("--chat", help="Put prompts in the tokenizer's chat template."),
@@ -134,6 +142,7 @@ def edit(
 
         chosen_edits = read_edits(edits)[:limit]
         check_edits(chosen_edits)
+        trial = cli_locate.records_for(layers, locate_on)
         source = Source.of(model)
         chosen = read_recipe(
             source.config, recipe, preset=preset, layers=layers, settings=settings or ()
@@ -146,8 +155,23 @@ def edit(
             chat_frame(tokenizer)  # refuses before anything is computed
         # Before the statistics: theirs would be the error of a wrong layer or a NaN.
         adapter = ModelAdapter.of(loaded)
-        adapter.check_layers(chosen.layers)
         adapter.check_finite()
+        reason = None
+        if trial:
+            choice = cli_locate.choose_layers(
+                loaded,
+                tokenizer,
+                trial,
+                chosen,
+                store,
+                store.layers(),
+                width=cli_locate.width_of(source.config, recipe, preset),
+                seed=seed,
+                shrinkage=shrinkage,
+                accept_mismatch=accept_mismatch,
+            )
+            chosen, reason = choice.recipe, choice.reason
+        adapter.check_layers(chosen.layers)
         result = compute(
             loaded,
             tokenizer,
@@ -174,7 +198,12 @@ def edit(
             "recipe": chosen.as_dict(),
             "report": result.report.as_dict(),
         }
-        show(answer, as_json, lambda: [str(result.report), f"wrote {out}"])
+        said = [str(result.report), f"wrote {out}"]
+        if reason is not None:
+            answer["layers"] = reason
+            named = ",".join(map(str, chosen.layers))
+            said.insert(0, f"layers {named}: {reason}")
+        show(answer, as_json, lambda: said)
 
 
 cli_files.add_to(app)
@@ -183,6 +212,7 @@ app.add_typer(cli_evaluate.evaluate, name="evaluate")
 cli_sequential.add_to(cli_evaluate.evaluate)
 cli_tasks.add_to(cli_evaluate.evaluate)
 cli_report.add_to(app)
+cli_locate.add_to(app)
 
 
 @app.command()

@@ -83,7 +83,16 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         UnifiedEditError: it cannot be written.
     """
-    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    write_text(path, "".join(lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text whole, or no file.
+
+    Raises:
+        UnifiedEditError: it cannot be written.
+    """
     staged = path.with_name(f".{path.name}.tmp")
     try:
         staged.write_text(text, encoding="utf-8")

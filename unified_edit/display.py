@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from unified_edit.checkpoint.manifest import UpdateRecord
     from unified_edit.checkpoint.patch import PatchReport
     from unified_edit.doctor import DoctorReport, EditedWeights
+    from unified_edit.evaluate.effects import AverageEffects
     from unified_edit.evaluate.intervals import Interval
+    from unified_edit.evaluate.layer_probe import Candidate
 
 _FEW = 10
 """Edits of an update that its history prints."""
@@ -77,6 +79,41 @@ def metric_table(
 
 def _interval(each: Interval | None) -> str:
     return f"{each.mean:.3f} [{each.low:.2f}, {each.high:.2f}]" if each else ""
+
+
+def effects_table(averages: AverageEffects) -> Table:
+    """Where each kind's average indirect effect is highest, by token role."""
+    return table(
+        ("restored", "token", "facts", "layer", "effect there"),
+        (
+            (
+                kind,
+                role,
+                str(each.facts),
+                str(each.peak),
+                _interval(each.layers[each.peak]),
+            )
+            for kind, roles in averages.indirect.items()
+            for role, each in roles.items()
+        ),
+    )
+
+
+def candidates_table(candidates: Sequence[Candidate]) -> Table:
+    """Layers that were tried, and how edits at them score."""
+    names = ("s", "es", "ps", "ns")
+    return table(
+        ("layers", *(name.upper() for name in names), "damage", "‖ΔW‖/‖W‖"),
+        (
+            (
+                ",".join(map(str, each.layers)),
+                *(_interval(each.intervals.get(name)) for name in names),
+                f"{each.damage:.2g}",
+                f"{each.relative_norm:.3f}",
+            )
+            for each in candidates
+        ),
+    )
 
 
 def sequence_table(checkpoints: Sequence[Mapping[str, Any]]) -> Table:

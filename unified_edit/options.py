@@ -17,6 +17,7 @@ from unified_edit.model.descent import TargetSettings
 from unified_edit.recipes import Recipe, matching_preset, recipe
 
 NO_PRESET = "none"
+AUTO = "auto"
 _KINDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -44,7 +45,7 @@ def read_recipe(
         method: a name in `RECIPES`, or a hyperparameter file, whose notes go to stderr.
         preset: a name in `PRESETS`, "none", or None for the one that matches the model
             and knows the method, if there is one.
-        layers: such as `0-1,4`.
+        layers: such as `0-1,4`; `auto` leaves them to be located.
         settings: `key=value` each.
 
     Raises:
@@ -53,7 +54,7 @@ def read_recipe(
     """
     changes = parse_settings(settings)
     if layers is not None:
-        changes["layers"] = tuple(parse_layers(layers))
+        changes["layers"] = layers if layers == AUTO else tuple(parse_layers(layers))
     if method.endswith(SUFFIXES):
         if preset not in (None, NO_PRESET):
             raise RecipeError(f"{method} has hyperparameters of its own: no --preset")
@@ -70,6 +71,8 @@ def read_recipe(
 
 def _changed(read: Recipe, changes: Mapping[str, Any]) -> Recipe:
     own = {k: v for k, v in changes.items() if k in Recipe.__dataclass_fields__}
+    if own.get("layers") == AUTO:
+        own["layers"] = ()
     inner = {k: v for k, v in changes.items() if k not in own}
     changed = replace(read, targets=replace(read.targets, **inner), **own)
     if changed == read:

@@ -50,7 +50,8 @@ class Recipe:
     name: str
     layers: tuple[int, ...]
     """Edited layers, ascending. Several only for the block's output: the residual is
-    spread over them, as MEMIT does."""
+    spread over them, as MEMIT does. None of `layers="auto"`: `recommend` fills them
+    in, and nothing else takes such a recipe."""
     targets: TargetSettings
     contexts: ContextSettings
     key_average: KeyAverage
@@ -91,10 +92,10 @@ class Recipe:
                     f"{self.name}: {name} is one of {', '.join(choices)}, not "
                     f"{getattr(self, name)!r}"
                 )
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+        if list(self.layers) != sorted(set(self.layers)):
             raise RecipeError(
-                f"{self.name}: layers must be ascending, without repeats, at least "
-                f"one; got {list(self.layers)}"
+                f"{self.name}: layers must be ascending, without repeats; got "
+                f"{list(self.layers)}"
             )
         if len(self.layers) > 1 and self.targets.site != "block_output":
             raise RecipeError(
@@ -156,6 +157,8 @@ class Recipe:
             RecipeError: other fields, or values that make no recipe.
         """
         try:
+            if not data["layers"]:
+                raise ValueError("layers: at least one")
             contexts = dict(data["contexts"])
             samples = tuple((str(seed), int(n)) for seed, n in contexts["samples"])
             targets = dict(data["targets"])
@@ -259,6 +262,7 @@ def recipe(method: str, preset: str | None = None, **changes: Any) -> Recipe:
         preset: a name in `PRESETS`; its hyperparameters are used.
         changes: fields of `Recipe` or of `TargetSettings` that differ, e.g.
             `layers=range(3, 9)`, `clamp=1.0`. They make the recipe "unvalidated".
+            `layers="auto"` leaves them to `recommend`.
 
     Raises:
         RecipeError: unknown names, or layers missing.
@@ -269,7 +273,10 @@ def recipe(method: str, preset: str | None = None, **changes: Any) -> Recipe:
     origin: Origin = "unvalidated"
     source = ""
     if "layers" in changes:
-        changes["layers"] = tuple(changes["layers"])
+        layers = changes["layers"]
+        changes["layers"] = () if layers == "auto" else tuple(layers)
+        if layers != "auto" and not changes["layers"]:
+            raise RecipeError(f'{method}: name at least one layer, or layers="auto"')
     if preset is not None:
         chosen = PRESETS.get(preset)
         if chosen is None:

@@ -64,7 +64,7 @@ class AverageEffects:
         }
 
 
-def average(traces: Traces, seed: int = 0) -> AverageEffects:
+def average_effects(traces: Traces, seed: int = 0) -> AverageEffects:
     """Means over facts with 95 % bootstrap intervals.
 
     Source: Meng et al. 2022 (ROME), section 2.1 and figure 2: ATE and AIE.

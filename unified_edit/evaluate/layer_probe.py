@@ -138,8 +138,9 @@ def recommend(
         records: in CounterFact's schema, with paraphrases and neighbours; none that is
             to be edited later, or the choice will have seen it.
         recipe: its layers, if it has any, tell how many a window has; one otherwise.
-        statistics: of every layer in a candidate.
-        candidates: None tries all windows of the recipe's width.
+        statistics: by layer; of those to be tried.
+        candidates: None tries all windows of the recipe's width in which every layer
+            has statistics.
         seed: of the contexts and the intervals.
 
     Raises:
@@ -149,7 +150,9 @@ def recommend(
     """
     adapter = ModelAdapter.of(model)
     if candidates is None:
-        candidates = windows_of(adapter.layer_count, len(recipe.layers) or 1)
+        width = len(recipe.layers) or 1
+        windows = windows_of(adapter.layer_count, width)
+        candidates = [each for each in windows if set(each) <= set(statistics)]
     tried = [tuple(each) for each in candidates]
     _check(adapter, records, tried, statistics)
     contexts = generate_contexts(adapter, tokenizer, recipe.contexts, seed)
@@ -247,8 +250,8 @@ def _check(
             )
     if not candidates:
         raise RecipeError(
-            f"the model has {adapter.layer_count} layers, fewer than the recipe edits; "
-            "name candidates"
+            f"there are statistics of layers {sorted(statistics)}, and no window of "
+            "the recipe's width in them; collect those of all layers in one pass"
         )
     for layers in candidates:
         adapter.check_layers(layers)

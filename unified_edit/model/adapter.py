@@ -164,11 +164,17 @@ class ModelAdapter:
         Raises:
             RecipeError: naming them.
         """
+        if not layers:
+            raise RecipeError(
+                "the recipe's layers are yet to be located: take those that "
+                "`recommend` finds, or name some of the model's layers 0 to "
+                f"{self.layer_count - 1}"
+            )
         missing = [layer for layer in layers if not 0 <= layer < self.layer_count]
-        if missing or not layers:
+        if missing:
             raise RecipeError(
                 f"layers {list(layers)}: the model has layers 0 to "
-                f"{self.layer_count - 1}; {missing or 'none named'}"
+                f"{self.layer_count - 1}, not {missing}"
             )
         if self.normalized and len(layers) > 1:
             raise RecipeError(

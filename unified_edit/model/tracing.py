@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from covariance_cache.capture import evaluating
@@ -148,7 +148,7 @@ def roles_of(subject: range, count: int) -> tuple[Role | None, ...]:
 
 
 def trace(
-    adapter: ModelAdapter,
+    model: nn.Module,
     tokenizer: Any,
     facts: Sequence[Edit],
     settings: TraceSettings | None = None,
@@ -174,9 +174,10 @@ def trace(
         NonFiniteError: NaN or infinity in the logits.
     """
     settings = settings or TraceSettings()
+    adapter = ModelAdapter.of(model)
     if not facts:
         raise EditError("there are no facts to trace; give at least one")
-    rows = _rows(tokenizer, facts, frame)
+    rows = rows_of(tokenizer, facts, frame)
     check_rows(adapter, [row.ids for row in rows])
     asked = [fact.text for fact in facts]
     answers = [fact.target for fact in facts]
@@ -185,7 +186,7 @@ def trace(
     traced = [i for i, each in enumerate(scores) if each.argmax or not known_only]
     layers = adapter.layer_count
     width = settings.window_of(layers)
-    with torch.no_grad(), evaluating(adapter.model):
+    with torch.no_grad(), evaluating(model):
         deviation, dimension = _deviation(adapter, rows)
         size = settings.noise * deviation
         traces = []
@@ -211,7 +212,12 @@ def trace(
     return Traces(tuple(traces), unknown, settings, width, deviation)
 
 
-def _rows(tokenizer: Any, facts: Sequence[Edit], frame: Frame) -> list[Row]:
+def rows_of(tokenizer: Any, facts: Sequence[Edit], frame: Frame = PLAIN) -> list[Row]:
+    """Facts as ids, with what stands around prompts.
+
+    Raises:
+        PromptError: one cannot be tokenized so.
+    """
     bare = Contexts(frame=frame)
     filled = [
         row for fact in facts for row in in_contexts(bare, fact.template, fact.subject)
