@@ -303,11 +303,11 @@ class _Pictures:
         self, traces: Traces, averages: AverageEffects, pictured: int
     ) -> list[Path]:
         """Draws the averages and the first facts."""
-        from unified_edit.evaluate.trace_charts import average_effects, heat_map, save
+        from unified_edit.evaluate.trace_charts import effect_curves, heat_map, save
 
         self.folder.mkdir(exist_ok=True)
         window = traces.window
-        save(average_effects(averages, window=window), self.averages)
+        save(effect_curves(averages, window=window), self.averages)
         written = [self.averages]
         for index, each in enumerate(traces.traces[:pictured]):
             save(heat_map(each, window=window), self.fact(index))

@@ -157,11 +157,11 @@ class Recipe:
             RecipeError: other fields, or values that make no recipe.
         """
         try:
-            if not data["layers"]:
-                raise ValueError("layers: at least one")
             contexts = dict(data["contexts"])
             samples = tuple((str(seed), int(n)) for seed, n in contexts["samples"])
             targets = dict(data["targets"])
+            if not data["layers"]:
+                raise ValueError("layers: at least one")
             return cls(
                 **{
                     **data,

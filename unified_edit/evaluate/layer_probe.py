@@ -188,20 +188,27 @@ def recommend(
                     model, tokenizer, records, layers, results, contexts, seed, bar
                 )
             )
-    best = max(found, key=lambda each: each.s.mean)
-    alike = [each for each in found if each.s.mean >= best.s.low]
-    least = min(alike, key=lambda each: each.damage)
+    return choice_among(recipe, found, len(records))
+
+
+def choice_among(
+    recipe: Recipe, candidates: Sequence[Candidate], records: int
+) -> LayerChoice:
+    """The highest S; and of those within its interval the least damage."""
+    best = max(candidates, key=lambda each: each.s.mean)
+    alike = [each for each in candidates if each.s.mean >= best.s.low]
+    chosen = min(alike, key=lambda each: each.damage)
     return LayerChoice(
         recipe=replace(
             recipe,
-            layers=least.layers,
+            layers=chosen.layers,
             origin="unvalidated",
-            source=f"layers located on {len(records)} records",
+            source=f"layers located on {records} records",
         ),
-        candidates=tuple(found),
+        candidates=tuple(candidates),
         best=best,
-        chosen=least,
-        records=len(records),
+        chosen=chosen,
+        records=records,
     )
 
 

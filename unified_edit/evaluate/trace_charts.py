@@ -143,7 +143,7 @@ def heat_map(trace: Trace, *, window: int) -> Figure:
     return figure
 
 
-def average_effects(averages: AverageEffects, *, window: int) -> Figure:
+def effect_curves(averages: AverageEffects, *, window: int) -> Figure:
     """Average indirect effects over layers, a panel for each kind that was traced:
     above a line for each token role with the band of its 95 % interval, below the same
     means as colours. Roles that some facts lack say how many have it.

@@ -166,9 +166,8 @@ class ModelAdapter:
         """
         if not layers:
             raise RecipeError(
-                "the recipe's layers are yet to be located: take those that "
-                "`recommend` finds, or name some of the model's layers 0 to "
-                f"{self.layer_count - 1}"
+                "layers are yet to be located: take those that `recommend` finds, or "
+                f"name some; the model has layers 0 to {self.layer_count - 1}"
             )
         missing = [layer for layer in layers if not 0 <= layer < self.layer_count]
         if missing:
