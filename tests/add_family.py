@@ -210,6 +210,7 @@ class Switches:
             self.family.model_type,
             base.down_projection,
             storage=base.storage,  # type: ignore[arg-type]
+            attention=base.attention,
             normalized=self.condition("normalized", flips) or False,
             parallel=self.condition("parallel", flips) or False,
             residual_scale=min((str(each) for each in scales), default=None),

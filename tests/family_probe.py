@@ -33,6 +33,7 @@ class Measured:
 
     down_projection: str
     storage: str
+    attention: str
     normalized: bool
     parallel: bool
     residual_scale: str | None
@@ -177,14 +178,9 @@ class Probe:
         return found
 
     @cached_property
-    def down(self) -> nn.Module:
-        """The MLP's down-projection in the block: the last such module in the flow of
-        data whose input sees other tokens through earlier such modules alone, which
-        stand for attention.
-
-        Raises:
-            DoesNotFit: none or several.
-        """
+    def flow(self) -> dict[nn.Module, tuple[bool, bool]]:
+        """Of each such module, whether another's input changes with what it returns,
+        and whether its own sees other tokens otherwise than through such modules."""
         seen = self.candidates()
         reached = {}
         for module in seen:
@@ -194,10 +190,8 @@ class Probe:
                 for other in seen
                 if differ(moved[other].inputs[0], seen[other].inputs[0])
             }
-        found = []
+        found = {}
         for module in seen:
-            if reached[module]:
-                continue
             upstream = [each for each in seen if module in reached[each]]
             changes: dict[nn.Module, Change] = {
                 each: partial(_as_before, seen[each].outputs[0]) for each in upstream
@@ -206,8 +200,19 @@ class Probe:
                 [module], {**changes, self.blocks[LAYER - 1]: _turned(EARLY)}
             )
             here, there = moved[module].inputs[0][LATE], seen[module].inputs[0][LATE]
-            if not differ(here, there):
-                found.append(module)
+            found[module] = bool(reached[module]), differ(here, there)
+        return found
+
+    @cached_property
+    def down(self) -> nn.Module:
+        """The MLP's down-projection in the block: the last such module in the flow of
+        data whose input sees other tokens through earlier such modules alone, which
+        stand for attention.
+
+        Raises:
+            DoesNotFit: none or several.
+        """
+        found = [m for m, (goes_on, mixes) in self.flow.items() if not goes_on | mixes]
         if not found:
             raise DoesNotFit(
                 "has no MLP after attention in its blocks: what they return last mixes "
@@ -217,6 +222,21 @@ class Probe:
             names = ", ".join(map(self.name_of, found))
             raise DoesNotFit(f"has several down-projections: {names}")
         return found[0]
+
+    def attention(self) -> str:
+        """Name in the block of the attention's output projection: such a module whose
+        input sees other tokens by itself.
+
+        Raises:
+            DoesNotFit: none or several.
+        """
+        found = [module for module, (_, mixes) in self.flow.items() if mixes]
+        names = ", ".join(map(self.name_of, found))
+        if len(found) != 1:
+            raise DoesNotFit(
+                f"has {len(found)} output projections of attention ({names})"
+            )
+        return names.removeprefix(f"{self.name_of(self.block)}.")
 
     def pattern(self) -> str:
         """The down-projection's name, `{}` for the layer."""
@@ -388,6 +408,7 @@ class Probe:
         return Measured(
             pattern,
             self.storage(),
+            self.attention(),
             normalized,
             self.parallel(pattern),
             scale,

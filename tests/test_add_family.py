@@ -59,6 +59,7 @@ def test_wider_arithmetic_is_asked_for_where_float64_overflows() -> None:
 def _measured(**facts: bool) -> Measured:
     known: dict[str, Any] = {"normalized": False, "parallel": False, **facts}
     names: dict[str, Any] = {"down_projection": "h.{}.down", "storage": "Linear"}
+    names["attention"] = "attn.out"
     return Measured(**names, **known, residual_scale=None, head="head", rounding=0.0)
 
 

@@ -95,7 +95,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _family("glm"),
         _family("glm4", normalized=True),
         _family("glm4v_text", normalized=True, alone=False),
-        _family("gpt2", attention="attn.c_proj", storage="Conv1D"),
+        _family("gpt2", storage="Conv1D", attention="attn.c_proj"),
         _family("gpt_bigcode", attention="attn.c_proj"),
         _family("gpt_neo", attention="attn.attention.out_proj"),
         _family(
