@@ -33,12 +33,13 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["result"].report.success >= 0.9
     before = (ROOT / "examples/tinyworld/gpt2/model.safetensors").read_bytes()
     assert (tmp_path / "gpt2-edited/model.safetensors").read_bytes() == before
+    assert names["choice"].layers == (0,)
     assert names["step"].made and len(names["session"].state.edits) >= 2
     assert names["solution"].update.rank == 8

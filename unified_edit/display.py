@@ -101,13 +101,14 @@ def effects_table(averages: AverageEffects) -> Table:
 
 def candidates_table(candidates: Sequence[Candidate]) -> Table:
     """Layers that were tried, and how edits at them score."""
-    names = ("s", "es", "ps", "ns")
+    names = ("es", "ps", "ns")
     return table(
-        ("layers", *(name.upper() for name in names), "damage", "‖ΔW‖/‖W‖"),
+        ("layers", "S", *(name.upper() for name in names), "damage", "‖ΔW‖/‖W‖"),
         (
             (
                 ",".join(map(str, each.layers)),
-                *(_interval(each.intervals.get(name)) for name in names),
+                _interval(each.s),
+                *(f"{each.intervals[name].mean:.3f}" for name in names),
                 f"{each.damage:.2g}",
                 f"{each.relative_norm:.3f}",
             )
