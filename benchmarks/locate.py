@@ -67,7 +67,7 @@ def embedded(family: str) -> Case:
 
 
 def small() -> Case:
-    """Four layers of GPT-2 small's shape with random weights, and one of ROME's facts."""
+    """Four layers of GPT-2 small's shape, weights random, and one of ROME's facts."""
     model = random_model(GPT2Config(n_layer=4), "cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers" / "gpt2")
     return Case(model, tokenizer, read_facts(DATA / "known_1000.json")[:1], 1)

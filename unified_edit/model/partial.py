@@ -50,18 +50,17 @@ def keys_and_values(cache: Any) -> tuple[tuple[Tensor, Tensor], ...]:
     return tuple((kept.keys, kept.values) for kept in cache.layers)
 
 
-def prefix_cache(pairs: Sequence[tuple[Tensor, Tensor]], skipped: int) -> Cache | None:
-    """What the positions before the ones that run have left.
+def prefix_cache(
+    prefix: int, pairs: Sequence[tuple[Tensor, Tensor]], skipped: int
+) -> Cache | None:
+    """What so many positions before the ones that run have left; None if there are
+    none.
 
     Args:
         pairs: attention keys and values [rows, heads, prefix, head size] of each layer
             that runs.
         skipped: how many layers below do not.
-
-    Returns:
-        None if there are no such positions.
     """
-    prefix = pairs[0][0].shape[2] if pairs else 0
     if not prefix:
         return None
     # Models ask the first layer for the length, also where it does not run.

@@ -304,9 +304,8 @@ class Runs:
         before = [
             (take(k[:, :, :begin], rows), take(v[:, :, :begin], rows))
             for k, v in self.cache[skipped:]
-            if begin
         ]
-        cache = prefix_cache(before, skipped)
+        cache = prefix_cache(begin, before, skipped)
         if changed is None:
             changed = adapter.layer_count - 1
         return _answer_logs(adapter, self.row, len(rows), begin, cache, changed)
@@ -330,7 +329,8 @@ def _answer_logs(
 ) -> Tensor:
     """Log-probability of the answer [count] in so many rows of ids from a position on;
     the model is hooked by the caller, up to `layer`."""
-    ids = torch.tensor([row.ids[start:]], device=adapter.device).expand(count, -1)
+    # Tensors of their own: some models go on with them in place.
+    ids = torch.tensor([row.ids[start:]] * count, device=adapter.device)
     positions = torch.arange(start, len(row.ids), device=adapter.device)
     columns = torch.tensor(row.reads).repeat(count) - start
     rows = torch.arange(count).repeat_interleave(len(row.reads))
@@ -338,7 +338,7 @@ def _answer_logs(
         logits = adapter.model(
             input_ids=ids,
             attention_mask=ids.new_ones(count, len(row.ids)),
-            position_ids=positions.expand(count, -1),
+            position_ids=positions.repeat(count, 1),
             past_key_values=cache,
             use_cache=cache is not None,
         ).logits[0]

@@ -310,6 +310,7 @@ def as_buckets(chunk: Chunk, edits: Sequence[int]) -> list[Bucket]:
                 mask=all_but_gaps(mask, suffix.ids),
                 positions=suffix.positions + before.to(suffix.positions.device),
                 cache=prefix_cache(
+                    prefix,
                     [_last(pair, at, prefix) for pair in chunk.cache if prefix],
                     chunk.skipped,
                 ),
