@@ -2,6 +2,7 @@
 
     python benchmarks/sequences.py [--json] [--experiment recipes|regularizers|guard]
         [--family gpt2] [--edits N] [--minutes M] [--one-word 25] [--runs DIR] [--full]
+        [--configurations NAME …] [--set key=value …]
 
 Each configuration edits one stream of the world, one edit a step, until S over all its
 edits is below .8 (with --full: .5), the edits are used up or, without --full, the time
@@ -31,7 +32,7 @@ import multiprocessing
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -259,6 +260,7 @@ def measure(
     from covariance_cache import StatisticsStore
     from unified_edit.demo import load, world_statistics
     from unified_edit.evaluate.world import World
+    from unified_edit.options import parse_settings
     from unified_edit.recipes import matching_preset
 
     chosen = configurations(arguments.experiment)
@@ -266,6 +268,14 @@ def measure(
         chosen = {name: chosen[name] for name in arguments.configurations}
     elif arguments.experiment == "recipes" and not arguments.full:
         chosen = {name: chosen[name] for name in list(chosen)[:4]}
+    if arguments.set:
+        changes = parse_settings(arguments.set)
+        chosen = {
+            " ".join((name, *arguments.set)): replace(
+                each, changes={**each.changes, **changes}
+            )
+            for name, each in chosen.items()
+        }
     runs.mkdir(parents=True, exist_ok=True)
     store = StatisticsStore(statistics)
     model, tokenizer = load(WORLD / arguments.family)
@@ -315,6 +325,9 @@ def main() -> None:
     parser.add_argument("--at-most", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=21.0)
     parser.add_argument("--configurations", nargs="+")
+    parser.add_argument(
+        "--set", nargs="+", default=[], help="Settings, key=value, in each of them."
+    )
     parser.add_argument("--runs", type=Path, help="Folder that keeps the runs.")
     parser.add_argument("--full", action="store_true")
     parser.add_argument(
