@@ -39,10 +39,13 @@ def read(name: str) -> dict[str, Any] | None:
 
 def plot_sequences(results: dict[str, dict[str, Any]]) -> None:
     """S over edits, a panel for each experiment."""
+    rows = -(-len(results) // 2)
     figure, panels = plt.subplots(
-        1, len(results), figsize=(4.2 * len(results), 3.4), sharey=True, squeeze=False
+        rows, 2, figsize=(8.4, 3.4 * rows), sharey=True, squeeze=False
     )
-    for axes, (name, result) in zip(panels[0], results.items(), strict=True):
+    for axes in panels.flat[len(results) :]:
+        axes.set_visible(False)
+    for axes, (name, result) in zip(panels.flat, results.items(), strict=False):
         for index, (run, curve) in enumerate(result["curves"].items()):
             points = [
                 (n, s) for n, s in zip(curve["edits"], curve["s"], strict=True) if n
@@ -64,7 +67,8 @@ def plot_sequences(results: dict[str, dict[str, Any]]) -> None:
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=6, loc="lower left", framealpha=0.9)
-    panels[0][0].set_ylabel("S over all edits so far", fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("S over all edits so far", fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "results-sequences.png", dpi=130)
     plt.close(figure)
