@@ -14,7 +14,7 @@ import torch
 from model_kit import CONTEXTS, EDITS, Tiny
 from torch import Tensor
 
-from unified_edit.model import memory, suffixes
+from unified_edit.model import memory, partial
 from unified_edit.model.descent import Targets, TargetSettings
 from unified_edit.model.memory import MOST_TOKENS, affordable_tokens, free_memory
 from unified_edit.model.rows import Row, chunks_of, make_rows
@@ -121,7 +121,7 @@ def test_an_edits_graph_is_counted_right(
 ) -> None:
     """Where free memory begins to suffice for 256 tokens tells what one is said to
     take."""
-    monkeypatch.setitem(suffixes._PASS_COST, "cpu", cost)
+    monkeypatch.setitem(partial._PASS_COST, "cpu", cost)
     for rows in rows_of_edits(frozen):
         chunk = chunk_of(frozen, [rows])
         held, tokens = held_by_graph(chunk)
@@ -139,7 +139,7 @@ def test_what_is_promised_fits(
     """One edit stands for all: whatever edits make up a part, its graph holds about
     what they were reckoned to, and no more than half of what is free."""
     # A pass through a block of real size costs less than padding rows for it.
-    monkeypatch.setitem(suffixes._PASS_COST, "cpu", 0.0)
+    monkeypatch.setitem(partial._PASS_COST, "cpu", 0.0)
     with_free(monkeypatch, free)
     rows = rows_of_edits(frozen) * 4
     budget = affordable_tokens(chunk_of(frozen, rows[:1]))

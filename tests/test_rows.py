@@ -22,7 +22,7 @@ from model_kit import (
 from test_targets import SETTINGS, assert_equal_plain, optimized, plain_targets
 
 from unified_edit.edits import Edit, read_edits
-from unified_edit.model import suffixes
+from unified_edit.model import partial
 from unified_edit.model.prompts import Contexts
 from unified_edit.model.rows import Row, by_width, chunks_of, heads_of, make_rows
 
@@ -310,7 +310,7 @@ def test_rows_of_unlike_width_equal_the_plain_loop(
     tiny64: Tiny, site: str, cost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = sum(p.numel() for p in tiny64.adapter.block(0).parameters())
-    monkeypatch.setitem(suffixes._PASS_COST, "cpu", cost * size)
+    monkeypatch.setitem(partial._PASS_COST, "cpu", cost * size)
     stay = ("{} is a town that", "Some like {}")
     settings = replace(SETTINGS[site], kl_prompts=stay, kl_position="end", steps=4)
     widths = []

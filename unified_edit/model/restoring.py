@@ -191,7 +191,7 @@ class Runs:
             for kind in kinds
             for layer in range(layers)
         ]
-        for start in range(layers):
+        for start in sorted({window.start for _, _, window in windows}):
             shared = [each for each in windows if each[2].start == start]
             changed = {kind: self._changed(kind, start) for kind, _, _ in shared}
             # After the last block positions do not meet any more: only a state where
@@ -212,7 +212,7 @@ class Runs:
         """Tokens whose passes share a forward, which begins at the first of them."""
         whole, rows = len(self.row.ids), states * (len(self.noise) - 1)
         widths = [whole - token for token in tokens]
-        groups = by_width(widths, -(-pass_cost(self.adapter) // max(rows, 1)))
+        groups = by_width(widths, -(-pass_cost(self.adapter) // rows))
         for chosen in within(groups, [rows * width for width in widths]):
             yield [tokens[index] for index in sorted(chosen)]
 
