@@ -158,7 +158,11 @@ def test_positions_meet_in_the_attention_only(name: str, tokenizer: Any) -> None
 
 @pytest.mark.parametrize(
     ("window", "kinds"),
-    [(None, ("hidden", "mlp")), (3, ("attention", "hidden")), (9, ("mlp", "attention"))],
+    [
+        (None, ("hidden", "mlp")),
+        (3, ("attention", "hidden")),
+        (9, ("mlp", "attention")),
+    ],
 )
 def test_windows_and_kinds(tiny: Any, window: int | None, kinds: Any) -> None:
     """Every token; each kind asked for, windows beyond the model's ends."""
