@@ -21,6 +21,7 @@ from unified_edit import (
     cli_tasks,
 )
 from unified_edit.console import (
+    Chat,
     Device,
     Dtype,
     Force,
@@ -90,10 +91,7 @@ def edit(
             "which all layers with statistics are tried first."
         ),
     ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Put prompts in the tokenizer's chat template."),
-    ] = False,
+    chat: Chat = False,
     seed: Annotated[int, typer.Option(help="Of the contexts.", min=0)] = 0,
     shrinkage: ShrinkageOption = "none",
     accept_mismatch: Annotated[

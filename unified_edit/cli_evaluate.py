@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from unified_edit.console import (
+    Chat,
     Device,
     Dtype,
     Force,
@@ -66,10 +67,7 @@ def counterfact(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampled texts.", min=0)] = 0,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Put prompts in the tokenizer's chat template."),
-    ] = False,
+    chat: Chat = False,
     per_record: PerRecord = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unified_edit.console import (
+    Chat,
     Device,
     Dtype,
     Force,
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
     from unified_edit.evaluate.layer_probe import LayerChoice
     from unified_edit.model.tracing import Traces
     from unified_edit.recipes import Recipe
-
-Chat = Annotated[
-    bool, typer.Option("--chat", help="Put prompts in the tokenizer's chat template.")
-]
 
 
 def locate(
@@ -246,9 +243,8 @@ def choose_layers(
     shrinkage: str,
     accept_mismatch: bool = False,
 ) -> LayerChoice:
-    """`recommend` with statistics from a folder, at all windows of adjacent layers
-    among some."""
-    from unified_edit.evaluate.layer_probe import recommend, windows_of
+    """`recommend` with a folder's statistics of some layers."""
+    from unified_edit.evaluate.layer_probe import recommend
 
     statistics = store.load(
         model,
@@ -257,14 +253,13 @@ def choose_layers(
         shrinkage=shrinkage,
         accept_mismatch=accept_mismatch,
     )
-    windows = windows_of(max(layers, default=-1) + 1, width)
     return recommend(
         model,
         tokenizer,
         records,
         recipe,
         statistics,
-        candidates=[each for each in windows if set(each) <= set(layers)],
+        width=width,
         seed=seed,
         progress=True,
     )

@@ -26,6 +26,9 @@ Preset = Annotated[
     str | None,
     typer.Option(help="By default the model's own, if any; `none` for none."),
 ]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Put prompts in the tokenizer's chat template.")
+]
 Layers = Annotated[str | None, typer.Option(help="Such as 13-17 or 0-1,4.")]
 Settings = Annotated[
     list[str] | None,

@@ -128,6 +128,7 @@ def recommend(
     recipe: Recipe,
     statistics: Mapping[int, KeyStatistics],
     *,
+    width: int | None = None,
     candidates: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -137,10 +138,11 @@ def recommend(
     Args:
         records: in CounterFact's schema, with paraphrases and neighbours; none that is
             to be edited later, or the choice will have seen it.
-        recipe: its layers, if it has any, tell how many a window has; one otherwise.
+        recipe: whose layers are wanted.
         statistics: by layer; of those to be tried.
-        candidates: None tries all windows of the recipe's width in which every layer
-            has statistics.
+        width: adjacent layers in a window; None for as many as the recipe has layers,
+            or one.
+        candidates: None tries all windows in which every layer has statistics.
         seed: of the contexts and the intervals.
 
     Raises:
@@ -150,7 +152,7 @@ def recommend(
     """
     adapter = ModelAdapter.of(model)
     if candidates is None:
-        width = len(recipe.layers) or 1
+        width = width or len(recipe.layers) or 1
         windows = windows_of(adapter.layer_count, width)
         candidates = [each for each in windows if set(each) <= set(statistics)]
     tried = [tuple(each) for each in candidates]
