@@ -44,6 +44,9 @@ ASSEMBLY = tuple(
         "session",
         "session_state",
         "target_cache",
+        "tensor_file",
+        "baselines",
+        "baselines.*",
     )
 )
 LEDGER = (
@@ -126,6 +129,10 @@ EXTRA = {
     "unified_edit.hparams": {"yaml"},
     "unified_edit.session_state": {"safetensors"},
     "unified_edit.target_cache": {"safetensors"},
+    "unified_edit.tensor_file": {"safetensors"},
+    "unified_edit.baselines.mend": {"safetensors"},
+    "unified_edit.baselines.mend_training": {"safetensors"},
+    "unified_edit.baselines.lora_tuning": {"peft"},
     "covariance_cache.__main__": {"typer", "transformers"},
     "covariance_cache.adequacy": {"scipy"},
     "covariance_cache.display": {"rich"},

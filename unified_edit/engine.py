@@ -270,20 +270,21 @@ def solve_layers(
 def outcomes_of(
     edits: Sequence[Edit],
     before: Sequence[Score],
-    targets: Targets,
+    targets: Targets | None,
     after: Sequence[Score],
 ) -> tuple[EditOutcome, ...]:
     """What became of each edit, by its scores on both sides."""
+    aims = [None] * len(edits) if targets is None else targets.probability.tolist()
     return tuple(
         EditOutcome(
             edit=e,
             before=math.exp(-b.nll),
-            optimised=float(p),
+            optimised=p,
             after=math.exp(-a.nll),
             says_target=a.argmax,
             said_target=b.argmax,
         )
-        for e, b, p, a in zip(edits, before, targets.probability, after, strict=True)
+        for e, b, p, a in zip(edits, before, aims, after, strict=True)
     )
 
 

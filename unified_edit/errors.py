@@ -60,3 +60,7 @@ class LedgerError(UnifiedEditError):
 
 class SessionError(UnifiedEditError):
     """A session's file cannot be read or written, or does not fit the model."""
+
+
+class EditorError(UnifiedEditError):
+    """A trained editor, or how one is to be trained, is malformed or does not fit."""

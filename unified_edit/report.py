@@ -25,8 +25,9 @@ class EditOutcome:
     edit: Edit
     before: float
     """Geometric mean probability of the target's tokens before the edit."""
-    optimised: float
-    """The same over all contexts with the target value in place: what was aimed at."""
+    optimised: float | None
+    """The same over all contexts with the target value in place: what was aimed at.
+    None where no target value was."""
     after: float
     """The same as `before`, with the update applied."""
     says_target: bool
@@ -96,17 +97,7 @@ def notes_on(
 ) -> tuple[str, ...]:
     """What a user should look at: edits that were so before or did not take, jitter,
     redundant edits, statistics of another model, hyperparameters nobody validated."""
-    notes = []
-    for index, outcome in enumerate(outcomes):
-        name = f"edit {index} ({outcome.edit.text!r} → {outcome.edit.target!r})"
-        if outcome.said_target:
-            notes.append(f"{name}: the model said so before the edit")
-        if not outcome.says_target:
-            reached = "was" if outcome.optimised > 0.5 else "was not"
-            notes.append(
-                f"{name}: the edited model does not say it (p {outcome.after:.2g}); "
-                f"its target value {reached} found (p {outcome.optimised:.2g})"
-            )
+    notes = notes_on_outcomes(outcomes)
     for layer, certificate in certificates.items():
         if certificate.jitter:
             notes.append(
@@ -133,3 +124,21 @@ def notes_on(
     if recipe.origin == "unvalidated":
         notes.append("these hyperparameters are not validated for this model")
     return tuple(notes)
+
+
+def notes_on_outcomes(outcomes: Sequence[EditOutcome]) -> list[str]:
+    """Of them those on edits: that were so before, or did not take."""
+    notes = []
+    for index, outcome in enumerate(outcomes):
+        name = f"edit {index} ({outcome.edit.text!r} → {outcome.edit.target!r})"
+        if outcome.said_target:
+            notes.append(f"{name}: the model said so before the edit")
+        if not outcome.says_target:
+            note = f"{name}: the edited model does not say it (p {outcome.after:.2g})"
+            if outcome.optimised is not None:
+                reached = "was" if outcome.optimised > 0.5 else "was not"
+                note += (
+                    f"; its target value {reached} found (p {outcome.optimised:.2g})"
+                )
+            notes.append(note)
+    return notes

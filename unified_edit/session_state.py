@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 
 from unified_edit.algebra.update import RankKUpdate
@@ -23,6 +19,7 @@ from unified_edit.guard import Guard, Readings
 from unified_edit.model.prompts import Contexts
 from unified_edit.recipes import Recipe
 from unified_edit.report import EditReport
+from unified_edit.tensor_file import read_tensors, write_tensors
 
 FORMAT = "unified-edit/session/1"
 Decision = Literal["accepted", "warned", "shrunk", "refused"]
@@ -89,18 +86,17 @@ class SequenceState:
         Raises:
             SessionError: it cannot be written.
         """
-        path = Path(path)
         tensors: dict[str, Tensor] = {}
         sizes: dict[str, list[int]] = {}
         sums: dict[str, tuple[float, float | None]] = {}
         for layer, state in self.layers.items():
             if state.change is not None:
-                tensors[f"{layer}/left"] = state.change.left.cpu().contiguous()
-                tensors[f"{layer}/right"] = state.change.right.cpu().contiguous()
+                tensors[f"{layer}/left"] = state.change.left
+                tensors[f"{layer}/right"] = state.change.right
             if state.folded is not None:
-                tensors[f"{layer}/folded"] = state.folded.cpu().contiguous()
+                tensors[f"{layer}/folded"] = state.folded
             if state.recent:
-                tensors[f"{layer}/recent"] = torch.cat(state.recent).cpu()
+                tensors[f"{layer}/recent"] = torch.cat(state.recent)
             sizes[str(layer)] = [len(keys) for keys in state.recent]
             sums[str(layer)] = (state.square, state.damage)
         header = {
@@ -118,22 +114,7 @@ class SequenceState:
             "refused": self.refused,
             "perplexity": self.perplexity,
         }
-        text = json.dumps(header, sort_keys=True, ensure_ascii=False)
-        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with staged.open("wb") as file:
-                file.write(save(tensors, {"unified_edit": text}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staged, path)
-        except OSError as error:
-            raise SessionError(
-                f"{path}: cannot be written: {error.strerror}"
-            ) from error
-        finally:
-            with suppress(OSError):
-                staged.unlink(missing_ok=True)
-        return path
+        return write_tensors(path, tensors, header, SessionError)
 
     @classmethod
     def load(cls, path: str | Path) -> SequenceState:
@@ -143,13 +124,7 @@ class SequenceState:
             SessionError: missing, not a session, or damaged.
         """
         try:
-            if not Path(path).is_file():
-                raise SessionError("no such file")
-            with safe_open(str(path), framework="pt") as file:
-                data = json.loads((file.metadata() or {}).get("unified_edit", "{}"))
-                if not isinstance(data, dict) or data.get("format") != FORMAT:
-                    raise SessionError(f"not a session file of format {FORMAT!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors, data = read_tensors(path, FORMAT)
             layers = {
                 int(name): _layer_state(name, tensors, data) for name in data["recent"]
             }

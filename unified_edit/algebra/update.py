@@ -122,6 +122,21 @@ class RankKUpdate:
         """ΔW [d_value, d_key], materialised; for tests and small weights."""
         return self.left @ self.right
 
+    @classmethod
+    def of_matrix(cls, change: Tensor) -> RankKUpdate:
+        """ΔW [d_value, d_key] that has no fewer factors, exactly: times the identity
+        of its shorter side."""
+        rows, columns = change.shape
+        one = torch.eye(min(rows, columns), dtype=change.dtype, device=change.device)
+        return cls(one, change) if rows <= columns else cls(change, one)
+
+    def compact(self) -> RankKUpdate:
+        """The same change, in no more factors than its shorter side."""
+        if self.rank <= min(self.shape):
+            return self
+        found = self.of_matrix(self.dense())
+        return RankKUpdate(found.left, found.right, self.keys, self.background)
+
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> RankKUpdate:

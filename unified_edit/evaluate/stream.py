@@ -51,9 +51,7 @@ def world_stream(
         raise EditError(f"a stream of {count} edits; at least one")
     rng = random.Random(f"stream {seed}")
     truth = {(subject, relation): obj for subject, relation, obj in world.facts}
-    relations: dict[str, list[str]] = {}
-    for relation, kind in world.kinds.items():
-        relations.setdefault(kind, []).append(relation)
+    relations = _relations(world)
     members: dict[str, list[str]] = {kind: [] for kind in relations}
     for subject, relation, _ in world.facts:
         if relation == relations[world.kinds[relation]][0]:
@@ -91,6 +89,41 @@ def world_stream(
         ),
         tuple(f"{prompt} {answer}." for prompt, answer in [*spread, *exercises]),
     )
+
+
+def world_records(
+    world: World, subjects: Sequence[str], count: int, *, seed: int = 0
+) -> tuple[Record, ...]:
+    """`count` records about some subjects, their relations in turns and each time to
+    another object; their neighbours are among these subjects as well. To train an
+    editor on, apart from those it is judged on.
+
+    Raises:
+        EditError: no subjects, or one that the world does not know.
+    """
+    rng = random.Random(f"records {seed}")
+    truth = {(subject, relation): obj for subject, relation, obj in world.facts}
+    kinds = {subject: world.kinds[relation] for subject, relation, _ in world.facts}
+    strange = sorted(set(subjects) - kinds.keys())
+    if strange or not subjects:
+        raise EditError(f"subjects of the world are wanted, not {strange or 'none'}")
+    chosen = {subject: kinds[subject] for subject in subjects}
+    held: dict[str, list[str]] = {kind: [] for kind in set(kinds.values())}
+    for subject, kind in chosen.items():
+        held[kind].append(subject)
+    maker = _Maker(world, rng, truth, held)
+    facts = _turns(rng, chosen, _relations(world))
+    return tuple(
+        maker.record(*next(facts), index, first=False) for index in range(count)
+    )
+
+
+def _relations(world: World) -> dict[str, list[str]]:
+    """kind → its relations"""
+    found: dict[str, list[str]] = {}
+    for relation, kind in world.kinds.items():
+        found.setdefault(kind, []).append(relation)
+    return found
 
 
 def _turns(

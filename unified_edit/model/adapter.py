@@ -236,20 +236,36 @@ class ModelAdapter:
         weight = self.weight(layer).detach()
         return weight.T if self.address(layer).transposed else weight
 
-    def tensor_names(self) -> tuple[str, ...]:
+    def tensor_names(self, module: str | None = None) -> tuple[str, ...]:
         """Names of the edited weights, `{}` for the layer: in the model, then others
         that files have. A bare decoder's lack its prefix; those of a wrapped decoder
-        were rearranged in newer transformers, which still read the older ones."""
-        name = f"{self.architecture.down_projection}.weight"
+        were rearranged in newer transformers, which still read the older ones.
+
+        Args:
+            module: of another module's weight, by its name in the model.
+        """
+        name = f"{module or self.architecture.down_projection}.weight"
         place = WRAPPERS.get(self.model.config.model_type)  # type: ignore[union-attr,arg-type]
         if place is None:
             return name, name.removeprefix(self.architecture.decoder)
         inner, part = name.removeprefix(f"{place}."), place.partition(".")[2]
         return name, f"{part}.model.{inner}", f"{part}.{inner}", f"model.{inner}"
 
-    def address(self, layer: int) -> WeightAddress:
-        """Where the edited weight lives in the model and in checkpoint files."""
-        tensor, *aliases = (name.format(layer) for name in self.tensor_names())
+    def mlp_modules(self, layer: int) -> tuple[str, ...]:
+        """Names of all linear maps of a layer's MLP, the down-projection among them,
+        in the model's order: those that stand beside it in one module."""
+        place = self.key_module(layer).rpartition(".")[0]
+        kind = _STORAGE[self.architecture.storage]
+        children = self.model.get_submodule(place).named_children()
+        return tuple(f"{place}.{n}" for n, each in children if isinstance(each, kind))
+
+    def address(self, layer: int, module: str | None = None) -> WeightAddress:
+        """Where the edited weight lives in the model and in checkpoint files.
+
+        Args:
+            module: another linear map of the layer's MLP.
+        """
+        tensor, *aliases = (name.format(layer) for name in self.tensor_names(module))
         return WeightAddress(
             tensor=tensor,
             layer=layer,

@@ -137,3 +137,17 @@ def running_at(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Non
 def _picked(hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[1, reads, d] of [rows, width, d]."""
     return hidden[rows.to(hidden.device), columns.to(hidden.device)][None]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient inside, so that a graph begins where something else
+    does; as before afterwards."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from covariance_cache.capture import evaluating
@@ -25,6 +23,7 @@ from unified_edit.edits import Edit
 from unified_edit.errors import EditError, RecipeError, UnifiedEditError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.descent import Bar, Targets, TargetSettings, descend
+from unified_edit.model.hooks import frozen
 from unified_edit.model.memory import affordable_tokens
 from unified_edit.model.prompts import Contexts, check_rows
 from unified_edit.model.rows import Row, chunks_of, make_rows
@@ -102,7 +101,7 @@ def optimize_targets(
     parts = [each for each in found if each is not None]
     order = [index for index, each in enumerate(found) if each is not None] + missing
     if missing:
-        with _frozen(adapter.model):
+        with frozen(adapter.model), evaluating(adapter.model):
             parts.append(_optimize(job, missing, token_budget, ranks, progress, keep))
     return _joined(parts).select(*torch.tensor(order).argsort().tolist())
 
@@ -185,18 +184,3 @@ def _optimize(
     return _joined(
         [shares[i % ranks.world][1][i // ranks.world] for i in range(len(chunks))]
     )
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters without gradient inside, so that a graph begins at δ; evaluation
-    mode, so that dropout is off. Both as before afterwards."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""Editors that are not closed-form. Their updates leave through the same door."""
