@@ -100,6 +100,7 @@ ROWS = {
                 f"unified_edit.{name}"
                 for name in (
                     "cli",
+                    "cli_baselines",
                     "cli_evaluate",
                     "cli_files",
                     "cli_ledger",

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from unified_edit.algebra.regularize import Regularizer
     from unified_edit.algebra.solve import Certificate, Solution, factorize, solve
     from unified_edit.algebra.update import RankKUpdate, UpdateSet, WeightAddress
+    from unified_edit.baselines.fine_tune import FineTuneSettings, fine_tune
+    from unified_edit.baselines.lora_tuning import LoraSettings, lora_tune
+    from unified_edit.baselines.mend import Mend, MendSettings
+    from unified_edit.baselines.mend_training import TrainingSettings, train_mend
     from unified_edit.checkpoint.lora import export_lora
     from unified_edit.checkpoint.lora_import import import_lora
     from unified_edit.checkpoint.patch import history, patch, recover, revert, verify
@@ -86,6 +90,10 @@ _HOMES = {
     "algebra.regularize": "Regularizer",
     "algebra.solve": "Certificate Solution factorize solve",
     "algebra.update": "RankKUpdate UpdateSet WeightAddress",
+    "baselines.fine_tune": "FineTuneSettings fine_tune",
+    "baselines.lora_tuning": "LoraSettings lora_tune",
+    "baselines.mend": "Mend MendSettings",
+    "baselines.mend_training": "TrainingSettings train_mend",
     "checkpoint.lora": "export_lora",
     "checkpoint.lora_import": "import_lora",
     "checkpoint.patch": "history patch recover revert verify",
@@ -135,12 +143,16 @@ __all__ = [
     "EditResult",
     "EditSession",
     "Equality",
+    "FineTuneSettings",
     "Frame",
     "Guard",
     "HparamsFile",
     "LayerChoice",
     "LeastSquares",
     "Ledger",
+    "LoraSettings",
+    "Mend",
+    "MendSettings",
     "NullSpace",
     "Objective",
     "Plan",
@@ -165,6 +177,7 @@ __all__ = [
     "Trace",
     "TraceSettings",
     "Traces",
+    "TrainingSettings",
     "UpdateSet",
     "WeightAddress",
     "ZsreScores",
@@ -184,9 +197,11 @@ __all__ = [
     "evaluate_zsre",
     "export_lora",
     "factorize",
+    "fine_tune",
     "history",
     "import_lora",
     "in_chat",
+    "lora_tune",
     "memit",
     "memit_seq",
     "p_rome",
@@ -209,6 +224,7 @@ __all__ = [
     "run_sequence",
     "solve",
     "trace",
+    "train_mend",
     "verify",
     "write_report",
 ]

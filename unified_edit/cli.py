@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from unified_edit import (
+    cli_baselines,
     cli_evaluate,
     cli_files,
     cli_ledger,
@@ -211,6 +212,7 @@ cli_sequential.add_to(cli_evaluate.evaluate)
 cli_tasks.add_to(cli_evaluate.evaluate)
 cli_report.add_to(app)
 cli_locate.add_to(app)
+cli_baselines.add_to(app)
 
 
 @app.command()

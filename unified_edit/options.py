@@ -88,14 +88,19 @@ def from_preset(method: str, preset: str | None) -> Recipe | None:
         return None
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_settings(
+    pairs: Sequence[str], of: Sequence[type] = (Recipe, TargetSettings)
+) -> dict[str, Any]:
     """`key=value` pairs → changes for `recipe`, each of its field's type.
+
+    Args:
+        of: the dataclasses whose fields may be set.
 
     Raises:
         RecipeError: not such a pair, an unknown key, one given twice, or a value of
             another type.
     """
-    kinds = _settable()
+    kinds = _settable(of)
     changes: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = (part.strip() for part in pair.partition("="))
@@ -112,8 +117,8 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def _settable() -> dict[str, Any]:
-    hints = {**get_type_hints(Recipe), **get_type_hints(TargetSettings)}
+def _settable(of: Sequence[type]) -> dict[str, Any]:
+    hints = {name: kind for each in of for name, kind in get_type_hints(each).items()}
     kinds = {
         # What may be None is so by default.
         name: get_args(kind)[0] if type(None) in get_args(kind) else kind

@@ -11,6 +11,7 @@ is read after those before it, as the paper's −log P[o* | p] says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -27,6 +28,9 @@ from unified_edit.engine import EditResult
 from unified_edit.errors import EditorError
 from unified_edit.model.frames import PLAIN, Frame
 from unified_edit.model.gradients import Labelled, labelled, nll, with_matrices
+
+PUBLISHED_CONSTRAINT = 5e-4
+"""ε of FT-L on GPT2-XL in ROME's comparison."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,7 @@ class FineTuneSettings(Descent):
     """FT, or FT-L where the change is bounded."""
 
     norm_constraint: float | None = None
-    """ε, the largest change of an entry; None for FT. ROME's comparison: 5e-4 for
-    GPT2-XL."""
+    """ε, the largest change of an entry; None for FT."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,12 +151,13 @@ def descend(
             for batch in batches:
                 with changed():
                     loss = nll(job.adapter, batch).mean()
-                if not bool(torch.isfinite(loss)):
+                now = loss.item()
+                if not math.isfinite(now):
                     raise EditorError(
-                        f"step {step}: the loss is {float(loss)}; lower learning_rate"
+                        f"step {step}: the loss is {now}; lower learning_rate"
                     )
-                total += float(loss) * len(batch)
-                if float(loss) >= settings.loss_threshold:
+                total += now * len(batch)
+                if now >= settings.loss_threshold:
                     optimizer.zero_grad()
                     torch.autograd.backward(loss)
                     optimizer.step()

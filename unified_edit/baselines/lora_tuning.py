@@ -74,13 +74,13 @@ def lora_tune(
         named = [(k, name) for k in layers for name in adapter.mlp_modules(k)]
         config = LoraConfig(
             r=chosen.rank,
-            lora_alpha=chosen.alpha,
+            lora_alpha=chosen.alpha,  # type: ignore[arg-type]
             target_modules=[name for _, name in named],
             fan_in_fan_out=adapter.architecture.storage == "Conv1D",
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(chosen.seed)
-            wrapped: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+            wrapped: Any = get_peft_model(model, config)
         assert isinstance(wrapped, PeftModel)
         try:
             with job.timed("descent"):

@@ -65,6 +65,9 @@ class TrainingSettings:
     """c_edit, of L_e."""
     locality_weight: float = 1.0
     """c_loc, of L_loc."""
+    neighbors: float = 0.0
+    """Share of the pieces of unrelated text that are, instead, about neighbours: a
+    record's neighbourhood prompt and the true object. 0 as published."""
     tokens: int = 64
     """Of a piece of unrelated text, at most."""
     validate_every: int = 100
@@ -84,6 +87,8 @@ class TrainingSettings:
             raise EditorError(f"{', '.join(rates)} must be positive")
         if not (self.edit_weight >= 0 and self.locality_weight >= 0):
             raise EditorError("edit_weight and locality_weight must not be negative")
+        if not 0 <= self.neighbors <= 1:
+            raise EditorError("neighbors is a share, from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Losses:
         return weighted + settings.locality_weight * self.locality
 
 
-def train(
+def train_mend(
     model: nn.Module,
     tokenizer: Any,
     records: Sequence[Record],
@@ -143,6 +148,10 @@ def train(
     adapter = ModelAdapter.of(model)
     adapter.check_finite()
     pieces = _pieces(adapter, tokenizer, texts, settings.tokens)
+    if not pieces:
+        raise EditorError("there is no unrelated text; give some")
+    if settings.neighbors:
+        _check_neighbors({"training": records, "validation": validation})
     job = _Job(adapter, tokenizer, records, validation, pieces, settings)
     training = _Training(Mend.of(model, editor), settings, job.digest())
     if state is not None and Path(state).exists():
@@ -201,7 +210,11 @@ class _Job:
             count = min(self.settings.edits, len(self.records))
             chosen = rng.sample(self.records, count)
             said = [rng.choice(record.paraphrase_prompts) for record in chosen]
-            yield chosen, said, rng.choices(self.pieces, k=count)
+            pieces = rng.choices(self.pieces, k=count)
+            for place, record in enumerate(chosen):
+                if self.settings.neighbors and rng.random() < self.settings.neighbors:
+                    pieces[place] = self.neighbor(record, rng.random())
+            yield chosen, said, pieces
 
     def judged(self) -> Iterator[tuple[list[Record], list[str], list[Any]]]:
         """The validation records, with their first rephrasing, always the same."""
@@ -209,12 +222,21 @@ class _Job:
         stride = max(1, len(pieces) // len(self.validation))
         for start in range(0, len(self.validation), size):
             chosen = list(self.validation[start : start + size])
-            places = range(start, start + len(chosen))
-            yield (
-                chosen,
-                [record.paraphrase_prompts[0] for record in chosen],
-                [pieces[place * stride % len(pieces)] for place in places],
-            )
+            said = [record.paraphrase_prompts[0] for record in chosen]
+            kept = []
+            for place, record in enumerate(chosen, start):
+                share = self.settings.neighbors
+                if int((place + 1) * share) > int(place * share):
+                    kept.append(self.neighbor(record, 0.0))
+                else:
+                    kept.append(pieces[place * stride % len(pieces)])
+            yield chosen, said, kept
+
+    def neighbor(self, record: Record, where: float) -> tuple[int, ...]:
+        """What is true of one of a record's neighbours, in ids."""
+        prompts = record.neighborhood_prompts
+        text = f"{prompts[int(where * len(prompts))]} {record.target_true}"
+        return _pieces(self.adapter, self.tokenizer, [text], self.settings.tokens)[0]
 
     def losses(
         self,
@@ -300,7 +322,7 @@ class _Training:
             ) / chosen.accumulate
             if not bool(torch.isfinite(loss)):
                 raise EditorError(
-                    f"step {self.step}: the loss is {float(loss)}; lower the learning "
+                    f"step {self.step}: the loss is {loss.item()}; lower the learning "
                     "rates"
                 )
             torch.autograd.backward(loss)
@@ -405,7 +427,16 @@ def _pieces(
     most = tokens if limit is None else min(tokens, limit)
     found = [ids[:most] for ids, _ in tokenize(tokenizer, texts)]
     found = [ids for ids in found if len(ids) > 1]
-    if not found:
-        raise EditorError("there is no unrelated text; give some")
     check_rows(adapter, found)
     return found
+
+
+def _check_neighbors(given: Mapping[str, Sequence[Record]]) -> None:
+    """Refuses records without neighbours."""
+    for name, records in given.items():
+        for index, record in enumerate(records):
+            if not record.neighborhood_prompts:
+                raise EditorError(
+                    f"{name} record {index} ({record.edit.text!r}) has no "
+                    "neighbourhood prompts; leave it out, or set neighbors to 0"
+                )
