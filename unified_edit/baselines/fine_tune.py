@@ -11,7 +11,6 @@ is read after those before it, as the paper's −log P[o* | p] says.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from unified_edit.algebra.update import RankKUpdate
 from unified_edit.baselines.outcome import Editing, check_layers, editing
 from unified_edit.edits import Edit
 from unified_edit.engine import EditResult
-from unified_edit.errors import EditorError
+from unified_edit.errors import EditorError, NonFiniteError
 from unified_edit.model.frames import PLAIN, Frame
 from unified_edit.model.gradients import Labelled, labelled, nll, with_matrices
 
@@ -141,7 +140,7 @@ def descend(
         after_step: called after each step of the optimizer.
 
     Raises:
-        EditorError: a loss that is not finite.
+        EditorError: logits that are not finite.
     """
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     batches = list(_batches(job, settings.batch))
@@ -149,13 +148,15 @@ def descend(
         for step in tqdm(range(settings.steps), "steps", disable=not progress):
             total = 0.0
             for batch in batches:
-                with changed():
-                    loss = nll(job.adapter, batch).mean()
-                now = loss.item()
-                if not math.isfinite(now):
+                try:
+                    with changed():
+                        loss = nll(job.adapter, batch).mean()
+                except NonFiniteError as error:
                     raise EditorError(
-                        f"step {step}: the loss is {now}; lower learning_rate"
-                    )
+                        f"step {step}: the logits are not finite any more; lower "
+                        "learning_rate"
+                    ) from error
+                now = loss.item()
                 total += now * len(batch)
                 if now >= settings.loss_threshold:
                     optimizer.zero_grad()

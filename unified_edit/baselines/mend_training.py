@@ -28,7 +28,7 @@ from covariance_cache.capture import evaluating
 from covariance_cache.statistics import library_version
 from unified_edit.baselines.mend import Mend, MendSettings
 from unified_edit.edits import Record
-from unified_edit.errors import EditorError
+from unified_edit.errors import EditorError, NonFiniteError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.gradients import (
     decomposed,
@@ -313,18 +313,17 @@ class _Training:
         chosen = self.settings
         self.optimizer.zero_grad()
         for records, rephrased, pieces in job.passes(self.step):
-            wrong, moved = job.losses(
-                self.mend, records, rephrased, pieces, observe=True
-            )
-            loss = (
-                chosen.edit_weight * wrong.mean()
-                + chosen.locality_weight * moved.mean()
-            ) / chosen.accumulate
-            if not bool(torch.isfinite(loss)):
-                raise EditorError(
-                    f"step {self.step}: the loss is {loss.item()}; lower the learning "
-                    "rates"
+            try:
+                wrong, moved = job.losses(
+                    self.mend, records, rephrased, pieces, observe=True
                 )
+            except NonFiniteError as error:
+                raise EditorError(
+                    f"step {self.step}: an edited model's logits are not finite; lower "
+                    "the learning rates"
+                ) from error
+            edit = chosen.edit_weight * wrong.mean()
+            loss = (edit + chosen.locality_weight * moved.mean()) / chosen.accumulate
             torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.mend.parameters(), chosen.clip)
         self.optimizer.step()
