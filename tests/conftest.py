@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -118,3 +119,19 @@ def built(request, tmp_path_factory):  # type: ignore[no-untyped-def]
 
     family = {**FAMILIES, **VARIANTS}[request.param]
     return build(family, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def _workplace(tmp_path_factory):  # type: ignore[no-untyped-def]
+    from cli_kit import make_workplace
+
+    return make_workplace(tmp_path_factory.mktemp("workplace"), "gpt2")
+
+
+@pytest.fixture
+def place(_workplace, tmp_path):  # type: ignore[no-untyped-def]
+    """A folder of its own with a model and all that commands need beside it."""
+    from cli_kit import Workplace
+
+    shutil.copytree(_workplace.path, tmp_path / "work")
+    return Workplace(tmp_path / "work")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ from unified_edit.model.prompts import Contexts
 
 LAYERS, WINDOW = 5, 4
 """With δ at layer 1, three windows above reach whatever losses read."""
+FEW = 3
+"""Layers where nothing need come that far: below, at and above the edited one."""
+TOKENS = 500
+"""Of statistics: more than any key here has dimensions."""
 SHAPE = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -73,22 +79,42 @@ class Family:
     dtype: torch.dtype = torch.float64
     """Float32 where attention masks overflow otherwise."""
 
-    def make(self, dtype: torch.dtype | None = None, **changes: Any) -> Any:
-        """A random model in which subjects and distances matter. Skips the test where
-        the installed transformers lacks the type."""
+    def make(
+        self,
+        dtype: torch.dtype | None = None,
+        layers: int | None = None,
+        **changes: Any,
+    ) -> Any:
+        """A random model in which subjects and distances matter, of other `layers` than
+        its settings say if asked for. Skips the test where the installed transformers
+        lacks the type."""
         if self.model_type not in CONFIG_MAPPING:
             pytest.skip(f"transformers {transformers.__version__} has none")
+        settings = {**self.shape, **self.config, **changes}
+        if layers is not None:
+            settings = _of_depth(settings, layers)
         config = self.configure(
-            vocab_size=360,
-            bos_token_id=0,
-            eos_token_id=1,
-            **{**self.shape, **self.config, **changes},
+            vocab_size=360, bos_token_id=0, eos_token_id=1, **settings
         )
         return fill(config, dtype or self.dtype, self.attention)
 
     def configure(self, **settings: Any) -> Any:
         """The model's config."""
         return AutoConfig.for_model(self.model_type, **settings)
+
+
+def _of_depth(settings: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Settings of so many layers, of the kinds that the first ones have."""
+    found = dict(settings)
+    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+        if name in found:
+            found[name] = layers
+    if "layer_types" in found:
+        found["layer_types"] = found["layer_types"][:layers]
+    if "attention_types" in found:
+        kinds = [k for (k,), count in found["attention_types"] for _ in range(count)]
+        found["attention_types"] = [[[kind], 1] for kind in kinds[:layers]]
+    return found
 
 
 def skip_if_unreadable(family: Family) -> None:
@@ -314,13 +340,19 @@ LAYER = 1
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """A family's small model in float32, saved, with its tokenizer and statistics."""
+    """A family's small model in float32, with its tokenizer and statistics."""
 
     family: Family
     model: Any
     tokenizer: Any
     statistics: dict[int, KeyStatistics]
     folder: Path
+    """Where model and tokenizer are, if they were saved."""
+
+    @cached_property
+    def wide(self) -> Any:
+        """The same model in the family's own type, mostly float64, for theorems."""
+        return copy.deepcopy(self.model).to(self.family.dtype)
 
     @property
     def adapter(self) -> ModelAdapter:
@@ -346,16 +378,20 @@ class Built:
 
 
 def build(family: Family, folder: Path, save: bool = True, **changes: Any) -> Built:
-    """Makes one and saves it; `changes` are of its config, `dtype` of its weights."""
+    """Makes one and saves it; `changes` are of its config and depth, `dtype` of its
+    weights."""
     model = family.make(**{"dtype": torch.float32, **changes})
     tokenizer = make_tokenizer("llama")
     if save:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    statistics = collect(
-        model, tokenizer, TEXTS, [LAYER], tokens=1000, window=48, seed=0, progress=False
-    )
-    return Built(family, model, tokenizer, statistics, folder)
+    return Built(family, model, tokenizer, statistics_of(model, tokenizer), folder)
+
+
+def statistics_of(model: Any, tokenizer: Any) -> dict[int, KeyStatistics]:
+    """Of the edited layer."""
+    settings: dict[str, Any] = {"tokens": TOKENS, "window": 48, "seed": 0}
+    return collect(model, tokenizer, TEXTS, [LAYER], progress=False, **settings)
 
 
 @torch.no_grad()

@@ -4,10 +4,21 @@ has it: each against plain loops over a small random model."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from families import CONTEXTS, FAMILIES, LAYER, LAYERS, Built, build, seen_by
+from families import (
+    CONTEXTS,
+    FAMILIES,
+    FEW,
+    LAYER,
+    TOKENS,
+    VARIANTS,
+    Built,
+    build,
+    seen_by,
+)
 from model_kit import EDITS, TEXTS, rows_of, subject_index
 from torch import Tensor
 
@@ -25,6 +36,13 @@ from unified_edit.model.targets import optimize_targets
 CHOSEN = EDITS[:3]
 
 
+@pytest.fixture(scope="module")
+def built(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Built:
+    """Of every family in turn, without files: no test here reads them."""
+    family = {**FAMILIES, **VARIANTS}[request.param]
+    return build(family, tmp_path_factory.getbasetemp(), save=False, layers=FEW)
+
+
 def at_subject(built: Built, chosen: Edit, module: torch.nn.Module) -> Tensor:
     """What a module returns at the subject's last token of the bare prompt."""
     ids = built.tokenizer(chosen.text)["input_ids"]
@@ -34,11 +52,11 @@ def at_subject(built: Built, chosen: Edit, module: torch.nn.Module) -> Tensor:
 
 
 def test_the_record_says_what_the_model_does(built: Built) -> None:
-    model = built.family.make()
+    model = built.wide
     adapter = ModelAdapter.of(model)
     record = adapter.architecture
     ids = list(range(2, 14))
-    assert adapter.layer_count == LAYERS
+    assert adapter.layer_count == FEW
     (head,) = (n for n, module in model.named_modules() if module is adapter.head)
     assert head in record.heads
 
@@ -89,14 +107,14 @@ def test_keys_are_what_plain_passes_show(built: Built) -> None:
 
 def test_statistics_are_what_plain_passes_show(built: Built) -> None:
     windows = packed_windows(
-        built.tokenizer, Documents(TEXTS, seed=0), length=48, budget=1000
+        built.tokenizer, Documents(TEXTS, seed=0), length=48, budget=TOKENS
     )
     down = built.adapter.down_projection(LAYER)
     rows = [seen_by(built.model, down, window.ids)[0] for window in windows]
     keys = torch.cat(rows).double()
     expected = keys.T @ keys / len(keys)
     found = built.statistics[LAYER]
-    assert found.count == len(keys) == 1000
+    assert found.count == len(keys) == TOKENS
     error = (found.second_moment.double() - expected).norm() / expected.norm()
     assert float(error) < 1e-5
 
@@ -138,7 +156,7 @@ def test_an_edit_makes_its_target_likelier(built: Built) -> None:
 
 
 def test_batches_of_one_and_of_many_agree(built: Built) -> None:
-    model = built.family.make()
+    model = built.wide
     adapter = ModelAdapter.of(model)
     settings = TargetSettings("block_output", steps=2, clamp=4.0)
 
@@ -166,7 +184,7 @@ def test_batches_of_one_and_of_many_agree(built: Built) -> None:
 def test_an_odd_number_of_dimensions(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     assert family.odd is not None
-    built = build(family, tmp_path, **family.odd)
+    built = build(family, tmp_path, save=False, layers=FEW, **family.odd)
     assert built.adapter.matrix(LAYER).shape[1] % 2 == 1
     result = built.edit(CHOSEN[:2], steps=2)
     (certificate,) = result.report.certificates.values()

@@ -11,7 +11,9 @@ import pytest
 import torch
 from families import (
     FAMILIES,
+    FEW,
     LAYER,
+    VARIANTS,
     Built,
     build,
     logits_of,
@@ -24,6 +26,13 @@ from unified_edit import applied, apply, export_lora, patch, revert
 from unified_edit.checkpoint.sharded import Checkpoint
 
 PROMPTS = [each.text for each in EDITS[:3]]
+
+
+@pytest.fixture(scope="module")
+def built(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Of every family in turn, with few layers."""
+    family = {**FAMILIES, **VARIANTS}[request.param]
+    return build(family, tmp_path_factory.mktemp("model"), layers=FEW)
 
 
 def load(folder: Path, like: Any) -> Any:
@@ -74,7 +83,8 @@ HALVES = [
 def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     skip_if_unreadable(FAMILIES[name])
     # Files know no families: some of them will do.
-    built = build(FAMILIES[name], tmp_path / "model", name in SOME, dtype=dtype)
+    family, files = FAMILIES[name], name in SOME
+    built = build(family, tmp_path / "model", files, dtype=dtype, layers=FEW)
     model, tokenizer = built.model, built.tokenizer
     result = built.edit(steps=3)
     state = state_of(model)

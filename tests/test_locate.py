@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_kit import RECORDS, Workplace, answer, make_workplace, refusal, run
+from cli_kit import RECORDS, Workplace, answer, refusal, run
 from model_kit import EDITS, assert_same_bits, state_of
 
 from unified_edit import applied, emmet, evaluate_counterfact, memit, recipe
@@ -225,17 +224,6 @@ def test_a_recipe_that_waits_for_its_layers(gpt2: Any) -> None:
         memit(layers=[])
     with pytest.raises(RecipeError, match="at least one"):
         Recipe.from_dict(chosen.as_dict())
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return make_workplace(tmp_path_factory.mktemp("original"), "gpt2")
-
-
-@pytest.fixture
-def place(original: Workplace, tmp_path: Path) -> Workplace:
-    shutil.copytree(original.path, tmp_path / "work")
-    return Workplace(tmp_path / "work")
 
 
 TINYWORLD = Path(__file__).parents[1] / "examples" / "tinyworld"

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import Workplace, answer, make_workplace, refusal, run
+from cli_kit import Workplace, answer, refusal, run
 from model_kit import TEXTS
 
 from unified_edit.algebra.update import UpdateSet
 from unified_edit.session_state import SequenceState
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return make_workplace(tmp_path_factory.mktemp("original"), "gpt2")
-
-
-@pytest.fixture
-def place(original: Workplace, tmp_path: Path) -> Workplace:
-    shutil.copytree(original.path, tmp_path / "work")
-    return Workplace(tmp_path / "work")
 
 
 @pytest.fixture

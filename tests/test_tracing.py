@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VARIANTS, Family
+from families import FAMILIES, FEW, VARIANTS, Family
 from model_kit import DATA, EDITS, make_tokenizer
 from test_target_families import keep_softmax_wide
 from test_wrapped import WRAPPED
@@ -38,7 +38,7 @@ from unified_edit.model.tracing import (
 
 ALONE = {**FAMILIES, **VARIANTS}
 ALL = {**ALONE, **WRAPPED}
-FEW = TraceSettings(samples=2, window=2)
+SETTINGS = TraceSettings(samples=2, window=2)
 
 
 def spans_of(tokenizer: Any, fact: Edit) -> tuple[list[int], range, list[int]]:
@@ -117,17 +117,17 @@ def tokenizer() -> Any:
 def test_a_family_equals_the_definition(
     name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, an answer of several tokens, windows of two layers."""
+    """In float64, an answer of several tokens, windows of two layers. Short after the
+    subject: few layers with windows reach no further."""
     family: Family = ALL[name]
-    adapter = ModelAdapter.of(family.make())
+    adapter = ModelAdapter.of(family.make(layers=FEW))
     keep_softmax_wide(monkeypatch)
-    (fact,) = (each for each in EDITS if each.prompt.startswith("The town"))
-    fact = Edit(fact.prompt, fact.subject, "New York")
-    found = trace(adapter.model, tokenizer, [fact], FEW, known_only=False)
+    fact = Edit("The town of {} is", "Bo Diaz", "New York")
+    found = trace(adapter.model, tokenizer, [fact], SETTINGS, known_only=False)
     (mine,) = found.traces
     last, count = mine.subject[-1], len(mine.tokens)
     tokens = [mine.subject[0], last, count - 1]
-    expected = plain(adapter, tokenizer, fact, FEW, found.deviation, tokens)
+    expected = plain(adapter, tokenizer, fact, SETTINGS, found.deviation, tokens)
     assert_equal(mine, expected, max(family.tolerance, 1e-6) * 10)
     for kind in KINDS:
         assert float(mine.indirect_effect(kind)[last].abs().max()) > 0
@@ -137,7 +137,7 @@ def test_a_family_equals_the_definition(
 def test_positions_meet_in_the_attention_only(name: str, tokenizer: Any) -> None:
     """Without what the record calls the attention's output, a block returns the same
     at a position, whatever stands before it."""
-    adapter = ModelAdapter.of(ALL[name].make())
+    adapter = ModelAdapter.of(ALL[name].make(layers=1))
     ids = torch.tensor([[5, 9, 14, 20, 26], [30, 31, 32, 20, 26]])
     seen: list[Tensor] = []
 
@@ -165,15 +165,18 @@ def test_positions_meet_in_the_attention_only(name: str, tokenizer: Any) -> None
     ],
 )
 def test_windows_and_kinds(tiny: Any, window: int | None, kinds: Any) -> None:
-    """Every token; each kind asked for, windows beyond the model's ends."""
+    """Each kind asked for, windows beyond the model's ends. Every token of the first
+    fact, and the subject's last of the others."""
     settings = TraceSettings(samples=3, window=window, kinds=kinds, seed=4)
     facts = [EDITS[0], EDITS[2], EDITS[3]]
     found = trace(tiny.model, tiny.tokenizer, facts, settings, known_only=False)
     assert [each.fact for each in found.traces] == facts
-    for each in found.traces:
+    for number, each in enumerate(found.traces):
         assert set(each.restored) == set(kinds)
+        tokens = [each.subject[-1]] if number else None
         expected = plain(
-            tiny.adapter, tiny.tokenizer, each.fact, settings, found.deviation
+            *(tiny.adapter, tiny.tokenizer, each.fact, settings, found.deviation),
+            tokens,
         )
         assert_equal(each, expected, 1e-3)
 
@@ -183,7 +186,9 @@ def test_what_is_not_corrupted_is_not_restored(tiny: Any) -> None:
     is read from brings all of it back."""
     (fact,) = (each for each in EDITS if each.prompt.startswith("The town"))
     one = Edit(fact.prompt, fact.subject, "Cairo")
-    (found,) = trace(tiny.model, tiny.tokenizer, [one], FEW, known_only=False).traces
+    (found,) = trace(
+        tiny.model, tiny.tokenizer, [one], SETTINGS, known_only=False
+    ).traces
     for kind in KINDS:
         before = found.indirect_effect(kind)[: found.subject.start]
         assert torch.equal(before, torch.zeros_like(before))
@@ -228,7 +233,7 @@ def test_the_noise_is_a_facts_own(tiny: Any) -> None:
 
 
 def test_deviation_is_of_the_subjects_embeddings(tiny: Any) -> None:
-    found = trace(tiny.model, tiny.tokenizer, EDITS, FEW)
+    found = trace(tiny.model, tiny.tokenizer, EDITS, SETTINGS)
     table = tiny.model.get_input_embeddings().weight
     rows = []
     for each in EDITS:
@@ -308,14 +313,14 @@ def test_a_damaged_model_is_refused(gpt2: Any) -> None:
     with torch.no_grad():
         model.transformer.h[1].attn.c_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="attn.c_proj"):
-        trace(model, gpt2.tokenizer, EDITS[:1], FEW)
+        trace(model, gpt2.tokenizer, EDITS[:1], SETTINGS)
 
 
 def test_in_a_frame(gpt2: Any) -> None:
     """What stands around a prompt is before the subject, or further tokens."""
     frame = Frame("Q. ", " What", " ")
     (found,) = trace(
-        gpt2.model, gpt2.tokenizer, EDITS[:1], FEW, frame=frame, known_only=False
+        gpt2.model, gpt2.tokenizer, EDITS[:1], SETTINGS, frame=frame, known_only=False
     ).traces
     text = "".join(found.tokens)
     assert text == frame.around(EDITS[0].text)

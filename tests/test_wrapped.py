@@ -16,7 +16,17 @@ import pytest
 import test_conformance as plain
 import torch
 import transformers
-from families import FAMILIES, LAYER, LAYERS, Built, Family, build, logits_of
+from families import (
+    FAMILIES,
+    FEW,
+    LAYER,
+    TOKENS,
+    Built,
+    Family,
+    build,
+    logits_of,
+    statistics_of,
+)
 from model_kit import CONTEXTS, EDITS, TEXTS, assert_same_bits, make_tokenizer, state_of
 from safetensors.torch import save_file
 from test_target_families import CHOSEN, SETTINGS, keep_softmax_wide
@@ -24,7 +34,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from benchmarks.plain_targets import plain_rows, plain_target
-from covariance_cache import StatisticsStore, collect, model_fingerprint
+from covariance_cache import StatisticsStore, model_fingerprint
 from covariance_cache.__main__ import app
 from covariance_cache.modules import WRAPPERS
 from unified_edit import applied, apply, export_lora, patch, revert
@@ -178,7 +188,8 @@ LOOPED = ("gemma3", "glm4v", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 @pytest.fixture(scope="module", params=WRAPPED)
 def wrapped(request: Any, tmp_path_factory: Any) -> Built:
-    return build(WRAPPED[request.param], tmp_path_factory.mktemp("model"))
+    folder = tmp_path_factory.mktemp("model")
+    return build(WRAPPED[request.param], folder, layers=FEW)
 
 
 def test_every_wrapper_is_tried_and_every_decoder_that_only_they_have() -> None:
@@ -193,7 +204,7 @@ def test_it_resolves_to_its_text_decoder(wrapped: Built) -> None:
     assert wrapped.model.config.model_type == family.wrapper
     assert adapter.architecture.model_type == adapter.config.model_type
     assert adapter.config.model_type == family.model_type
-    assert adapter.layer_count == LAYERS
+    assert adapter.layer_count == FEW
     text = wrapped.model.get_submodule(WRAPPERS[family.wrapper])
     assert adapter.block(LAYER) is text.layers[LAYER]
     assert adapter.down_projection(LAYER) is text.layers[LAYER].mlp.down_proj
@@ -269,7 +280,7 @@ def test_files_are_edited_by_the_names_they_have(
         assert report.fingerprint == model_fingerprint(model)
         assert report.weights is not None
         assert report.weights.tensor == tensor
-        assert report.weights.layers == LAYERS
+        assert report.weights.layers == FEW
 
         base = Checkpoint.open(folder)
         sums = base.sha256()
@@ -318,9 +329,9 @@ def test_targets_equal_the_plain_loop(
 
 def test_files_of_the_body_alone(tmp_path: Path) -> None:
     """Without the head, which is the embedding."""
-    built = build(WRAPPED["lighton_ocr"], tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").unlink()
-    built.model.model.save_pretrained(tmp_path / "model")
+    built = build(WRAPPED["lighton_ocr"], tmp_path / "model", layers=FEW)
+    (built.folder / "model.safetensors").unlink()
+    built.model.model.save_pretrained(built.folder)
     assert f"language_model.layers.{LAYER}.mlp.down_proj.weight" in (
         Checkpoint.open(built.folder).tensors
     )
@@ -332,7 +343,8 @@ def test_files_of_the_body_alone(tmp_path: Path) -> None:
 
 
 def test_half_precision(tmp_path: Path) -> None:
-    built = build(WRAPPED["qwen2_5_vl"], tmp_path / "model", dtype=torch.bfloat16)
+    family, half = WRAPPED["qwen2_5_vl"], torch.bfloat16
+    built = build(family, tmp_path / "model", dtype=half, layers=FEW)
     update = built.edit(steps=3).update
     path = patch(built.folder, update, out=tmp_path / "patched").path
     again, _ = Source.of(str(path)).load("auto", "cpu")
@@ -343,7 +355,7 @@ def test_half_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gemma3", "llava"])
 def test_its_decoder_alone_gets_the_same_edit(name: str, tmp_path: Path) -> None:
     """Saved without the rest, where the head is the embedding, or with its head."""
-    whole = build(WRAPPED[name], tmp_path / "whole")
+    whole = build(WRAPPED[name], tmp_path / "whole", save=False, layers=FEW)
     text = whole.model.get_submodule(WRAPPERS[name])
     if not _tied(whole.model):
         alone = AutoModelForCausalLM.from_config(whole.adapter.config)
@@ -354,9 +366,7 @@ def test_its_decoder_alone_gets_the_same_edit(name: str, tmp_path: Path) -> None
     text.save_pretrained(folder)
     whole.tokenizer.save_pretrained(folder)
     model, tokenizer = Source.of(str(folder)).load("auto", "cpu")
-    statistics = collect(
-        model, tokenizer, TEXTS, [LAYER], tokens=1000, window=48, seed=0, progress=False
-    )
+    statistics = statistics_of(model, tokenizer)
     moments = [each[LAYER].second_moment for each in (statistics, whole.statistics)]
     assert torch.equal(*moments)
     family = FAMILIES[whole.family.model_type]
@@ -432,11 +442,11 @@ def test_a_flat_config_has_its_text_decoder(wrapper: str, tmp_path: Path) -> Non
 
 
 def test_statistics_by_command(tmp_path: Path) -> None:
-    built = build(WRAPPED["llava"], tmp_path / "model")
+    built = build(WRAPPED["llava"], tmp_path / "model", layers=FEW)
     corpus, out = tmp_path / "corpus.jsonl", tmp_path / "statistics"
     corpus.write_text("".join(json.dumps({"text": each}) + "\n" for each in TEXTS))
     command = ["collect", str(built.folder), "--corpus", str(corpus)]
-    command += ["--layers", str(LAYER), "--tokens", "1000", "--window", "48"]
+    command += ["--layers", str(LAYER), "--tokens", str(TOKENS), "--window", "48"]
     result = CliRunner().invoke(app, [*command, "--out", str(out)])
     assert result.exit_code == 0, result.output
     found = StatisticsStore(out).open(LAYER)
