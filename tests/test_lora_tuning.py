@@ -241,7 +241,6 @@ def test_so_it_is_after_an_error_in_the_descent(
     assert parts(tuned(again).update) == parts(tuned(tiny).update)
 
 
-@pytest.mark.xfail(strict=True, reason="wrapping is not undone")
 def test_so_it_is_after_an_error_while_peft_wraps_it(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +266,6 @@ def test_so_it_is_after_an_error_while_peft_wraps_it(
     held.check()
 
 
-@pytest.mark.xfail(strict=True, reason="peft's hook stays")
 @pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
 )
@@ -281,7 +279,6 @@ def test_a_model_that_checkpoints_its_gradients(llama: Tiny) -> None:
     assert parts(found.update) == parts(tuned(llama).update)
 
 
-@pytest.mark.xfail(strict=True, reason="peft sets pretraining_tp")
 def test_a_config_is_left_as_it_was(llama: Tiny) -> None:
     """Peft sets a setting that some families' configs have."""
     model = copy.deepcopy(llama.model)

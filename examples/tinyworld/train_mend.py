@@ -28,11 +28,12 @@ RECORDS = 6000
 VALIDATION = slice(200, 250)
 EDITOR = MendSettings(rank=64)
 SETTINGS = TrainingSettings(
-    steps=1500,
+    steps=4000,
     edits=10,
     accumulate=1,
-    learning_rate=3e-5,
-    patience=600,
+    learning_rate=1e-4,
+    patience=1000,
+    tokens=24,
     neighbors=0.5,
 )
 """Far fewer than the published steps on a model a five-hundredth of GPT2-XL's size,

@@ -84,6 +84,7 @@ def fine_tune(
     Raises:
         EditorError: layers that the model does not have, or a loss that is not finite.
         EditError: edits empty, repeated, contradictory, or not tokenizable.
+        UpdateError: a layer's change is lost in rounding to its weight's dtype.
         UnsupportedModel, NonFiniteError.
     """
     chosen = settings or FineTuneSettings()

@@ -5,8 +5,8 @@ Source: Hu et al. 2022 (LoRA).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from unified_edit.baselines.outcome import check_layers, editing
 from unified_edit.edits import Edit
 from unified_edit.engine import EditResult
 from unified_edit.errors import EditorError
+from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.frames import PLAIN, Frame
 
 _ADAPTER = "default"
@@ -59,10 +60,12 @@ def lora_tune(
         EditorError: peft is not installed, layers that the model does not have, or a
             loss that is not finite.
         EditError: edits empty, repeated, contradictory, or not tokenizable.
+        UpdateError: a layer's change is lost in rounding to its weight's dtype.
         UnsupportedModel, NonFiniteError.
     """
     try:
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
     except ImportError as error:
         raise EditorError(
             "LoRA fine-tuning needs peft: pip install 'unified-edit[lora]'"
@@ -78,22 +81,44 @@ def lora_tune(
             target_modules=[name for _, name in named],
             fan_in_fan_out=adapter.architecture.storage == "Conv1D",
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(chosen.seed)
-            wrapped: Any = get_peft_model(model, config)
-        assert isinstance(wrapped, PeftModel)
-        try:
-            with job.timed("descent"):
-                wanted = [p for p in wrapped.parameters() if p.requires_grad]
-                notes = descend(job, wanted, chosen, nullcontext, progress=progress)
+        with _unwrapped(model, [name for _, name in named]), job.timed("descent"):
+            with _seeded(job.adapter, chosen.seed):
+                # The tuner alone: peft's model around it would change the config and
+                # leave a hook on the embeddings.
+                LoraModel(model, config, _ADAPTER)
+            wanted = [p for p in model.parameters() if p.requires_grad]
+            notes = descend(job, wanted, chosen, nullcontext, progress=progress)
             updates = {
                 adapter.address(layer, name): _update(model.get_submodule(name))
                 for layer, name in named
             }
-        finally:
-            wrapped.unload()
         recipe = {"name": "lora", "layers": list(layers), **asdict(chosen)}
         return job.result(updates, recipe, "unvalidated", notes)
+
+
+@contextmanager
+def _unwrapped(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """The modules of these names are the same objects afterwards, whatever replaced
+    them inside, and nothing of peft is left."""
+    before = {name: model.get_submodule(name) for name in names}
+    known = set(vars(model))
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            place, _, own = name.rpartition(".")
+            setattr(model.get_submodule(place), own, module)
+        for attribute in set(vars(model)) - known:
+            delattr(model, attribute)
+
+
+@contextmanager
+def _seeded(adapter: ModelAdapter, seed: int) -> Iterator[None]:
+    """peft draws from torch's global generators: seeded inside, put back after it."""
+    devices = {p.device for p in adapter.model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng([d.index for d in devices]):
+        torch.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()

@@ -128,7 +128,8 @@ def train_mend(
         texts: unrelated ones.
         editor: what it is made of.
         state: file that keeps the training, so that it goes on where it was; None for
-            none. The same steps follow, bit for bit.
+            none. The same steps follow, bit for bit. `steps` and `patience` may be
+            others than before.
 
     Raises:
         EditorError: no records, one without paraphrases, no texts, the state of another
@@ -192,12 +193,14 @@ class _Job:
     settings: TrainingSettings
 
     def digest(self) -> str:
-        """Of all that a training depends on, but for the model."""
+        """Of all that a step depends on, but for the model: not of when to end."""
+        settings = asdict(self.settings)
+        del settings["steps"], settings["patience"]
         content = [
             *(asdict(record) for record in (*self.records, *self.validation)),
             len(self.records),
             self.pieces,
-            asdict(self.settings),
+            settings,
         ]
         text = json.dumps(content, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
