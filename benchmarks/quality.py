@@ -1,10 +1,10 @@
 """What every recipe does to the two embedded models: one edit at a time, and a batch.
 
-    python benchmarks/quality.py [--json] [--singles 100] [--batch 50]
+    python benchmarks/quality.py [--json] [--singles 200] [--batch 50]
 
 Prints a table for each model, or with `--json` one object with the keys
 `{gpt2|llama}_{single|batch50}_{recipe}_{es|ps|ns|s|…}`, `{gpt2|llama}_recall` and
-`{gpt2|llama}_skills`. Singles are 100 different records, each on the unedited model;
+`{gpt2|llama}_skills`. Singles are 200 different records, each on the unedited model;
 the batch is the first 50 records at once.
 """
 
@@ -76,7 +76,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--singles", type=int, default=100)
+    parser.add_argument("--singles", type=int, default=200)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))

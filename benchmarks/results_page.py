@@ -2,8 +2,8 @@
 
     python benchmarks/results_page.py
 
-Writes docs/results-sequences.png and docs/results-batches.png, and prints the tables
-that stand in docs/results.md.
+Writes docs/results-sequences.png, docs/results-batches.png and docs/results-editors.png,
+and prints the tables that stand in docs/results.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#666666")
 MARKERS = "os^DvP*"
+KINDS = {
+    "single": "single edits",
+    "batch10": "batches of 10",
+    "batch100": "batches of 100",
+    "sequence": "200 in sequence",
+}
 FILES = ("recipes-gpt2", "recipes-llama", "regularizers-gpt2", "guard-gpt2")
 
 
@@ -116,6 +122,73 @@ def plot_batches(result: dict[str, Any]) -> None:
     plt.close(figure)
 
 
+def editors_of(result: dict[str, Any]) -> list[str]:
+    """Those that were compared, in the order they were."""
+    return [
+        key.removesuffix("_single_s") for key in result if key.endswith("_single_s")
+    ]
+
+
+def plot_editors(results: dict[str, dict[str, Any]]) -> None:
+    """ES, PS, NS and S of every editor, a panel for each model and kind."""
+    figure, panels = plt.subplots(
+        len(results), len(KINDS), figsize=(10, 2.6 * len(results)), squeeze=False
+    )
+    for row, (family, result) in zip(panels, results.items(), strict=True):
+        names = editors_of(result)
+        for axes, (kind, title) in zip(row, KINDS.items(), strict=True):
+            for place, metric in enumerate(("es", "ps", "ns", "s")):
+                for index, name in enumerate(names):
+                    key = f"{name}_{kind}_{metric}"
+                    if key not in result:
+                        continue
+                    low, high = result["intervals"][key]
+                    axes.errorbar(
+                        result[key],
+                        index + 0.18 * (place - 1.5),
+                        xerr=[[result[key] - low], [high - result[key]]],
+                        color=COLOURS[place] if metric != "s" else "black",
+                        marker=MARKERS[place],
+                        markersize=4,
+                        linewidth=0.8,
+                        linestyle="none",
+                        label=metric.upper() if index == 0 else None,
+                    )
+            axes.set_xlim(-0.04, 1.04)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_yticks(range(len(names)), names if axes is row[0] else [])
+            axes.set_title(f"{family}, {title}", fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.25)
+    panels[0, 0].legend(fontsize=6, loc="lower left", framealpha=0.9)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "results-editors.png", dpi=130)
+    plt.close(figure)
+
+
+def editors_table(result: dict[str, Any], kind: str) -> list[str]:
+    """Markdown of one kind of the comparison of editors."""
+    lines = [
+        "| editor | S | ES | PS | NS | entropy | unrelated | skills | s per edit "
+        "| memory, MiB |",
+        "|---" * 10 + "|",
+    ]
+    for name in editors_of(result):
+        key = f"{name}_{kind}"
+        if f"{key}_s" not in result:
+            continue
+        low, high = result["intervals"][f"{key}_s"]
+        cells = [f"{result[f'{key}_s']:.3f} ({low:.2f}–{high:.2f})"]
+        cells += [f"{result[f'{key}_{part}']:.3f}" for part in ("es", "ps", "ns")]
+        cells.append(f"{result[f'{key}_entropy']:.2f}")
+        cells += [f"{result[f'{key}_{part}']:.3f}" for part in ("unrelated", "skills")]
+        cells.append(f"{result[f'{key}_seconds_per_edit']:.2f}")
+        memory = result.get(f"{key}_extra_memory")
+        cells.append("" if memory is None else f"{memory:.0f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def sequence_table(result: dict[str, Any]) -> list[str]:
     """Markdown of a sequence experiment."""
     lines = [
@@ -159,6 +232,17 @@ def main() -> None:
                 values = [batches[f"{key}_{column}"] for column in columns]
                 cells = (f"{value:.3f}" for value in values)
                 print(f"| {name} | {size} | " + " | ".join(cells) + " |")
+    compared = {
+        family: result
+        for family in ("gpt2", "llama")
+        if (result := read(f"compare-{family}")) is not None
+    }
+    if compared:
+        plot_editors(compared)
+    for family, result in compared.items():
+        for kind, title in KINDS.items():
+            print(f"\n{family}, {title}")
+            print("\n".join(editors_table(result, kind)))
 
 
 if __name__ == "__main__":
