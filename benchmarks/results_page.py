@@ -2,8 +2,8 @@
 
     python benchmarks/results_page.py
 
-Writes docs/results-sequences.png, docs/results-batches.png and docs/results-editors.png,
-and prints the tables that stand in docs/results.md.
+Writes results-sequences.png, results-batches.png and results-editors.png in docs, and
+prints the tables that stand in docs/results.md.
 """
 
 from __future__ import annotations

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from model_kit import EDITS, LAYERS, Tiny, make_model
+from checkpoint_kit import disk
+from model_kit import EDITS, LAYERS, Tiny, assert_same_bits, make_model, state_of
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from unified_edit import export_lora, import_lora, patch
+from unified_edit.algebra.update import UpdateSet
 from unified_edit.baselines.mend import Mend, MendSettings
 from unified_edit.edits import Edit
 from unified_edit.errors import EditError, EditorError
@@ -299,3 +303,21 @@ def test_nothing_is_left_on_the_model(gpt2: Tiny) -> None:
     assert model.training and all(m.training for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_its_update_goes_where_every_update_goes(tiny: Tiny, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny.model.save_pretrained(base)
+    pristine = disk(base)
+    made = editor_of(tiny).edit(tiny.model, tiny.tokenizer, EDITS[:2]).update
+    update = UpdateSet.load(made.save(tmp_path / "update.safetensors"))
+    patched = patch(base, update)
+    assert patched.verify().ok
+    read: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with applied(tiny.model, update):
+        assert_same_bits(read, state_of(tiny.model))
+    patched.revert()
+    assert disk(base) == pristine
+    export_lora(update, tmp_path / "adapter", base=base)
+    back = import_lora(tmp_path / "adapter", base=base)
+    assert [bytes(p) for p in back.parts()] == [bytes(p) for p in update.parts()]

@@ -126,11 +126,8 @@ def decomposed(
 
         return hook
 
-    with ExitStack() as stack, torch.enable_grad():
-        stack.enter_context(frozen(adapter.model))
-        for name in modules:
-            module = adapter.model.get_submodule(name)
-            stack.enter_context(module.register_forward_hook(hook_of(name)))
+    hooks = {name: hook_of(name) for name in modules}
+    with frozen(adapter.model), _hooked(adapter.model, hooks), torch.enable_grad():
         losses = nll(adapter, batch)
         outputs = [seen[name][1] for name in modules]
         deltas = torch.autograd.grad(losses.sum(), outputs)
@@ -166,10 +163,7 @@ def with_changes(
 
         return hook
 
-    with ExitStack() as stack:
-        for name, change in changes.items():
-            module = model.get_submodule(name)
-            stack.enter_context(module.register_forward_hook(hook_of(change)))
+    with _hooked(model, {name: hook_of(each) for name, each in changes.items()}):
         yield
 
 
@@ -188,8 +182,15 @@ def with_matrices(model: nn.Module, changes: Mapping[str, Tensor]) -> Iterator[N
 
         return hook
 
+    with _hooked(model, {name: hook_of(each) for name, each in changes.items()}):
+        yield
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
+    """Forward hooks on the modules of these names."""
     with ExitStack() as stack:
-        for name, change in changes.items():
+        for name, hook in hooks.items():
             module = model.get_submodule(name)
-            stack.enter_context(module.register_forward_hook(hook_of(change)))
+            stack.enter_context(module.register_forward_hook(hook))
         yield

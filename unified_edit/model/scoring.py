@@ -15,6 +15,7 @@ from covariance_cache.capture import evaluating
 from unified_edit.errors import PromptError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.frames import PLAIN, Frame
+from unified_edit.model.gradients import logits_of
 from unified_edit.model.prompts import (
     buckets,
     check_logits,
@@ -71,14 +72,7 @@ def score(
             # Padded on the left, the targets end together: the head sees only them.
             batch = pad([rows[i] for i in chosen], adapter.device, left=True)
             most = max(len(pairs[i][1]) for i in chosen)
-            logits = adapter.model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.positions,
-                use_cache=False,
-                logits_to_keep=most,
-            ).logits
-            check_logits(adapter, logits)
+            logits = logits_of(adapter, batch, keep=most)
             logs = torch.log_softmax(logits.float(), dim=-1)
             best = logs.argmax(-1)
             for row, i in enumerate(chosen):
