@@ -1,10 +1,10 @@
 """Training of a MEND editor.
 
 Each edit is made by the editor on weights of its own, and two losses are read from what
-comes out: that a rephrasing of its prompt does not say the target (L_e), and how far
-what the model says of unrelated text is from what it said before (L_loc). The base is
-frozen, and so are the gradients that the editor reads: it is trained, never what made
-them.
+comes out: how unlikely the target is after the prompt or a rephrasing (L_e), and how
+far what the model says of unrelated text is from what it said before (L_loc). The base
+is frozen, and so are the gradients that the editor reads: it is trained, never what
+made them.
 
 Source: Mitchell et al. 2022 (MEND), section 3.3, and its appendix for the settings.
 """
@@ -206,13 +206,13 @@ class _Job:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def passes(self, step: int) -> Iterator[tuple[list[Record], list[str], list[Any]]]:
-        """Edits, a rephrasing of each, and as many pieces of text, for each pass of a
+        """Edits, a way to ask each, and as many pieces of text, for each pass of a
         step; a function of the seed and the step."""
         rng = random.Random(f"mend {self.settings.seed} {step}")
         for _ in range(self.settings.accumulate):
             count = min(self.settings.edits, len(self.records))
             chosen = rng.sample(self.records, count)
-            said = [rng.choice(record.paraphrase_prompts) for record in chosen]
+            said = [rng.choice(_ways_to_ask(record)) for record in chosen]
             pieces = rng.choices(self.pieces, k=count)
             for place, record in enumerate(chosen):
                 if self.settings.neighbors and rng.random() < self.settings.neighbors:
@@ -220,12 +220,16 @@ class _Job:
             yield chosen, said, pieces
 
     def judged(self) -> Iterator[tuple[list[Record], list[str], list[Any]]]:
-        """The validation records, with their first rephrasing, always the same."""
+        """The validation records, with their own prompt or the first rephrasing,
+        always the same."""
         size, pieces = 16, self.pieces
         stride = max(1, len(pieces) // len(self.validation))
         for start in range(0, len(self.validation), size):
             chosen = list(self.validation[start : start + size])
-            said = [record.paraphrase_prompts[0] for record in chosen]
+            said = [
+                _ways_to_ask(record)[place % 2]
+                for place, record in enumerate(chosen, start)
+            ]
             kept = []
             for place, record in enumerate(chosen, start):
                 share = self.settings.neighbors
@@ -431,6 +435,12 @@ def _pieces(
     found = [ids for ids in found if len(ids) > 1]
     check_rows(adapter, found)
     return found
+
+
+def _ways_to_ask(record: Record) -> tuple[str, ...]:
+    """What shall say the target: the edit's own prompt and its rephrasings. Of
+    rephrasings alone an editor may learn what tells them from other prompts."""
+    return (record.edit.text, *record.paraphrase_prompts)
 
 
 def _check_neighbors(given: Mapping[str, Sequence[Record]]) -> None:
