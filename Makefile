@@ -40,11 +40,13 @@ lint: $(READY)
 typecheck: $(READY)
 	$(BIN)/mypy
 
-world: $(READY)         ## trains the embedded models anew (an hour on two cores)
+world: $(READY)         ## trains the embedded models and editors anew (two hours on two cores)
 	$(BIN)/python examples/tinyworld/world.py
 	$(BIN)/python examples/tinyworld/train.py gpt2
 	$(BIN)/python examples/tinyworld/train.py llama
 	$(BIN)/python examples/tinyworld/report.py --write
+	$(BIN)/python examples/tinyworld/train_mend.py gpt2
+	$(BIN)/python examples/tinyworld/train_mend.py llama
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache
