@@ -50,14 +50,14 @@ EDITORS = (*CLOSED, "mend", "ft", "ft_l")
 METRICS = ("s", "es", "ps", "ns")
 FINE_TUNING: dict[str, dict[str, tuple[tuple[int, ...], dict[str, Any]]]] = {
     "gpt2": {
-        "ft": ((0,), {}),
-        "ft_l": ((0,), {"norm_constraint": 2e-3}),
-        "lora": ((0, 1, 2, 3, 4), {"learning_rate": 1e-3}),
+        "ft": ((2,), {}),
+        "ft_l": ((0,), {"norm_constraint": 3e-3}),
+        "lora": ((0, 1, 2, 3, 4), {"learning_rate": 5e-4}),
     },
     "llama": {
-        "ft": ((0,), {}),
-        "ft_l": ((0,), {"norm_constraint": 2e-3}),
-        "lora": ((0, 1, 2, 3, 4), {"learning_rate": 1e-3}),
+        "ft": ((4,), {}),
+        "ft_l": ((0,), {"norm_constraint": 5e-3}),
+        "lora": ((0, 1, 2, 3, 4), {"learning_rate": 5e-4}),
     },
 }
 """Layers and settings, found by benchmarks/fine_tuning.py on records 200 to 249."""
