@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py [--json] [--family gpt2] [--records 200]
         [--editors NAME …] [--kinds single batch10 batch100 sequence] [--out FILE]
+        [--mend EDITOR]
 
 Each editor makes the records' edits one at a time on the unedited model (`single`), 10
 and 100 at once, each batch on the unedited model, and one after another on the model as
@@ -78,8 +79,12 @@ class Bench:
     """One step of a sequence, if the editor has its own way of it: its seconds."""
 
 
-def bench(name: str, family: str) -> Bench:
-    """An editor with all that it needs, on its model."""
+def bench(name: str, family: str, trained: Path | None = None) -> Bench:
+    """An editor with all that it needs, on its model.
+
+    Args:
+        trained: MEND's editor, if not the one that ships.
+    """
     from unified_edit import Mend, recipe
     from unified_edit.demo import load, world_statistics
     from unified_edit.engine import edit
@@ -94,7 +99,7 @@ def bench(name: str, family: str) -> Bench:
     world = World.load(WORLD / "data")
     model, tokenizer = load(WORLD / family)
     if name == "mend":
-        editor = Mend.load(WORLD / "mend" / f"{family}.safetensors")
+        editor = Mend.load(trained or WORLD / "mend" / f"{family}.safetensors")
         return Bench(
             world,
             model,
@@ -154,13 +159,13 @@ def tuner(
     return lambda edits: fine_tune(model, tokenizer, edits, layers, dense)
 
 
-def run(task: tuple[str, str, tuple[str, ...], int]) -> dict[str, Any]:
+def run(task: tuple[str, str, tuple[str, ...], int, Path | None]) -> dict[str, Any]:
     """One editor's figures by key; in a process of its own."""
     import torch
 
     torch.set_num_threads(1)
-    name, family, kinds, count = task
-    here = bench(name, family)
+    name, family, kinds, count, trained = task
+    here = bench(name, family, trained)
     records = here.world.records[:count]
     found: dict[str, Any] = {}
     for kind in kinds:
@@ -307,6 +312,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=200)
     parser.add_argument("--editors", nargs="+", default=EDITORS)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--mend", type=Path, help="Another editor of MEND's.")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, help="File for the figures as well.")
     arguments = parser.parse_args()
@@ -321,7 +327,13 @@ def main() -> None:
     begun = time.perf_counter()
     answer: dict[str, Any] = {"intervals": {}}
     tasks = [
-        (name, arguments.family, tuple(arguments.kinds), arguments.records)
+        (
+            name,
+            arguments.family,
+            tuple(arguments.kinds),
+            arguments.records,
+            arguments.mend,
+        )
         for name in arguments.editors
     ]
     context = multiprocessing.get_context("spawn")

@@ -160,7 +160,7 @@ def plot_editors(results: dict[str, dict[str, Any]]) -> None:
             axes.set_title(f"{family}, {title}", fontsize=8)
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.25)
-    panels[0, 0].legend(fontsize=6, loc="lower left", framealpha=0.9)
+    panels[0, 0].legend(fontsize=6, loc="upper left", framealpha=0.9)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "results-editors.png", dpi=130)
     plt.close(figure)
