@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from unified_edit import export_lora, import_lora, patch
 from unified_edit.algebra.update import UpdateSet
+from unified_edit.baselines import mend as mend_module
 from unified_edit.baselines.mend import Mend, MendSettings
 from unified_edit.edits import Edit
 from unified_edit.errors import EditError, EditorError
@@ -174,6 +175,20 @@ def test_the_update_is_the_sum_over_edits_and_is_subtracted(
         assert torch.equal(parameter, before[name])
     assert [a.tensor for a, _ in together.update] == [a.tensor for a in mend.addresses]
     assert len(together.update) == 2 * (2 if tiny.kind == "gpt2" else 3)
+
+
+def test_many_edits_are_taken_in_parts(
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend = editor_of(llama)
+    whole = mend.edit(llama.model, llama.tokenizer, EDITS)
+    monkeypatch.setattr(mend_module, "_TOGETHER", 2)
+    parts = dict(mend.edit(llama.model, llama.tokenizer, EDITS).update)
+    for address, update in whole.update:
+        torch.testing.assert_close(
+            parts[address].dense(), update.dense(), rtol=1e-4, atol=1e-6
+        )
+        assert parts[address].rank <= min(update.shape)
 
 
 def test_changes_of_rows_are_what_the_update_does(llama: Tiny) -> None:

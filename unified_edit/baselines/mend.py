@@ -34,6 +34,8 @@ from unified_edit.tensor_file import read_tensors, write_tensors
 
 FORMAT = "unified-edit/mend/1"
 _EDITED_BLOCKS = 3
+_TOGETHER = 64
+"""Edits whose activations are held at once."""
 
 
 @dataclass(frozen=True)
@@ -247,19 +249,28 @@ class Mend(nn.Module):
                     f"this one is {job.fingerprint}; load that one, or train an "
                     "editor for this one (or pass check_base=False)"
                 )
-            with job.timed("gradients"):
-                batch = labelled(
-                    job.adapter, tokenizer, job.prompts, job.targets, frame=frame
-                )
-                found, _ = decomposed(job.adapter, batch, self.modules_edited)
-            with job.timed("editor"), torch.no_grad():
-                changes = self.changes(found)
-                updates = {
-                    address: _update(changes[name])
+            updates: dict[WeightAddress, RankKUpdate] = {}
+            for start in range(0, len(edits), _TOGETHER):
+                span = slice(start, start + _TOGETHER)
+                with job.timed("gradients"):
+                    batch = labelled(
+                        job.adapter,
+                        tokenizer,
+                        job.prompts[span],
+                        job.targets[span],
+                        frame=frame,
+                    )
+                    found, _ = decomposed(job.adapter, batch, self.modules_edited)
+                with job.timed("editor"), torch.no_grad():
+                    changes = self.changes(found)
                     for address, name in zip(
                         self.addresses, self.modules_edited, strict=True
-                    )
-                }
+                    ):
+                        update = _update(changes[name])
+                        if address in updates:
+                            update = updates[address].then(update)
+                        # Many edits have more tokens than a weight has rows.
+                        updates[address] = update.compact()
             recipe = {"name": "mend", **asdict(self.settings), "trained": self.about}
             return job.result(updates, recipe, "trained")
 
