@@ -67,7 +67,8 @@ def test_a_sequence_is_the_sum_of_its_steps(mend: compare.Bench, quick: None) ->
 
 def test_memory_is_what_the_work_takes() -> None:
     with compare.peak() as reading:
-        held = torch.ones(8 * 2**20)
+        # So much that no memory freed before can hold it.
+        held = torch.ones(64 * 2**20)
         del held
     (found,) = reading
-    assert math.isnan(found) or 30 < found < 60
+    assert math.isnan(found) or 200 < found < 300
