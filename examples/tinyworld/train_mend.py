@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=("gpt2", "llama"))
     parser.add_argument("--neighbors", type=float, default=SETTINGS.neighbors)
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     family, share = arguments.family, arguments.neighbors
@@ -60,7 +61,7 @@ def main() -> None:
         world_records(world, others, RECORDS),
         world.records[VALIDATION],
         world.corpus.read_text(encoding="utf-8").split("\n\n"),
-        replace(SETTINGS, neighbors=share),
+        replace(SETTINGS, neighbors=share, steps=arguments.steps),
         EDITOR,
         state=state,
         progress=True,
