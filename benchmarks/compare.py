@@ -35,7 +35,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -195,7 +195,9 @@ def apart(here: Bench, records: Sequence[Record], size: int) -> tuple[Any, Any]:
             result = here.compute([record.edit for record in batch])
         memory.append(reading[0])
         seconds += sum(result.report.seconds.values())
-        with applied(here.model, result.update) if len(result.update) else idle():
+        with (
+            applied(here.model, result.update) if len(result.update) else nullcontext()
+        ):
             scores += evaluate_counterfact(
                 here.model,
                 here.tokenizer,
@@ -276,12 +278,6 @@ def _unrelated(here: Bench, records: Sequence[Record], index: int) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-@contextmanager
-def idle() -> Iterator[None]:
-    """Where an editor found nothing to do."""
-    yield
 
 
 @contextmanager

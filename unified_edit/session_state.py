@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from unified_edit.algebra.update import RankKUpdate
 from unified_edit.edits import Edit
-from unified_edit.errors import SessionError, UnifiedEditError
+from unified_edit.errors import SessionError
 from unified_edit.guard import Guard, Readings
 from unified_edit.model.prompts import Contexts
 from unified_edit.recipes import Recipe
 from unified_edit.report import EditReport
-from unified_edit.tensor_file import read_tensors, write_tensors
+from unified_edit.tensor_file import read_tensors, reading, write_tensors
 
 FORMAT = "unified-edit/session/1"
 Decision = Literal["accepted", "warned", "shrunk", "refused"]
@@ -123,7 +122,7 @@ class SequenceState:
         Raises:
             SessionError: missing, not a session, or damaged.
         """
-        try:
+        with reading(path, "not a session", SessionError):
             tensors, data = read_tensors(path, FORMAT)
             layers = {
                 int(name): _layer_state(name, tensors, data) for name in data["recent"]
@@ -147,13 +146,6 @@ class SequenceState:
                 data["refused"],
                 None if perplexity is None else (perplexity[0], perplexity[1]),
             )
-        except OSError as error:
-            raise SessionError(f"{path}: cannot be read: {error.strerror}") from error
-        except (
-            *(UnifiedEditError, SafetensorError, ValueError, KeyError, TypeError),
-            *(AttributeError, IndexError, RuntimeError, RecursionError),
-        ) as error:
-            raise SessionError(f"{path}: not a session: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -65,3 +65,24 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Any]:
         if not isinstance(header, dict) or header.get("format") != kind:
             raise ValueError(f"not a file of format {kind!r}")
         return {name: file.get_tensor(name) for name in file.keys()}, header
+
+
+@contextmanager
+def reading(
+    path: str | Path, what: str, error: type[UnifiedEditError]
+) -> Iterator[None]:
+    """What reading a damaged or foreign file raises, as one error of ours.
+
+    Args:
+        what: is then wrong, such as "not a session".
+        error: what to raise.
+    """
+    try:
+        yield
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}") from problem
+    except (
+        *(UnifiedEditError, SafetensorError, ValueError, KeyError, TypeError),
+        *(AttributeError, IndexError, RuntimeError, RecursionError),
+    ) as problem:
+        raise error(f"{path}: {what}: {problem}") from problem

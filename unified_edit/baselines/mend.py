@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from covariance_cache.fingerprint import model_fingerprint
@@ -30,7 +29,7 @@ from unified_edit.errors import EditorError
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.frames import PLAIN, Frame
 from unified_edit.model.gradients import Factors, decomposed, labelled
-from unified_edit.tensor_file import read_tensors, write_tensors
+from unified_edit.tensor_file import read_tensors, reading, write_tensors
 
 FORMAT = "unified-edit/mend/1"
 _EDITED_BLOCKS = 3
@@ -157,11 +156,10 @@ class Mend(nn.Module):
             }
         )
         self.step_sizes = nn.Parameter(torch.full((len(shapes),), settings.step_size))
-        seen = dict.fromkeys(kinds, 0)
-        self._index = []
-        for shape in self.shapes:
-            self._index.append(seen[shape])
-            seen[shape] += 1
+        # Which of its editor's maps each is.
+        self._index = [
+            self.shapes[:place].count(shape) for place, shape in enumerate(self.shapes)
+        ]
 
     @classmethod
     def of(cls, model: nn.Module, settings: MendSettings | None = None) -> Mend:
@@ -301,7 +299,7 @@ class Mend(nn.Module):
         Raises:
             EditorError: missing, not an editor, or damaged.
         """
-        try:
+        with reading(path, "not a MEND editor", EditorError):
             tensors, header = read_tensors(path, FORMAT)
             settings = header["settings"]
             found = cls(
@@ -320,13 +318,6 @@ class Mend(nn.Module):
             if odd:
                 raise EditorError(f"{odd[0]} holds NaN or infinity")
             return found
-        except OSError as error:
-            raise EditorError(f"{path}: cannot be read: {error.strerror}") from error
-        except (
-            *(EditorError, SafetensorError, ValueError, KeyError, TypeError),
-            *(AttributeError, IndexError, RuntimeError, RecursionError),
-        ) as error:
-            raise EditorError(f"{path}: not a MEND editor: {error}") from error
 
 
 def _update(change: Factors) -> RankKUpdate:

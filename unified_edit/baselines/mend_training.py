@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -39,7 +38,7 @@ from unified_edit.model.gradients import (
 )
 from unified_edit.model.hooks import frozen, wide
 from unified_edit.model.prompts import PaddedRows, check_rows, pad, tokenize
-from unified_edit.tensor_file import read_tensors, write_tensors
+from unified_edit.tensor_file import read_tensors, reading, write_tensors
 
 _STATE = "unified-edit/mend-training/1"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -140,19 +139,22 @@ def train_mend(
     for name, given in (("training", records), ("validation", validation)):
         if not given:
             raise EditorError(f"there are no {name} records; give some")
-        bare = [i for i, record in enumerate(given) if not record.paraphrase_prompts]
-        if bare:
-            raise EditorError(
-                f"{name} record {bare[0]} ({given[bare[0]].edit.text!r}) has no "
-                "paraphrases, which the editor learns from"
-            )
+        for index, record in enumerate(given):
+            which = f"{name} record {index} ({record.edit.text!r})"
+            if not record.paraphrase_prompts:
+                raise EditorError(
+                    f"{which} has no paraphrases, which the editor learns from"
+                )
+            if settings.neighbors and not record.neighborhood_prompts:
+                raise EditorError(
+                    f"{which} has no neighbourhood prompts; leave it out, or set "
+                    "neighbors to 0"
+                )
     adapter = ModelAdapter.of(model)
     adapter.check_finite()
     pieces = _pieces(adapter, tokenizer, texts, settings.tokens)
     if not pieces:
         raise EditorError("there is no unrelated text; give some")
-    if settings.neighbors:
-        _check_neighbors({"training": records, "validation": validation})
     job = _Job(adapter, tokenizer, records, validation, pieces, settings)
     training = _Training(Mend.of(model, editor), settings, job.digest())
     if state is not None and Path(state).exists():
@@ -226,13 +228,9 @@ class _Job:
         stride = max(1, len(pieces) // len(self.validation))
         for start in range(0, len(self.validation), size):
             chosen = list(self.validation[start : start + size])
-            said = [
-                _ways_to_ask(record)[place % 2]
-                for place, record in enumerate(chosen, start)
-            ]
-            kept = []
+            said, kept, share = [], [], self.settings.neighbors
             for place, record in enumerate(chosen, start):
-                share = self.settings.neighbors
+                said.append(_ways_to_ask(record)[place % 2])
                 if int((place + 1) * share) > int(place * share):
                     kept.append(self.neighbor(record, 0.0))
                 else:
@@ -382,7 +380,7 @@ class _Training:
         Raises:
             EditorError: no such state, or another training's.
         """
-        try:
+        with reading(path, "cannot be gone on with", EditorError):
             tensors, header = read_tensors(path, _STATE)
             # As JSON has it: tuples are lists there.
             expected = json.loads(json.dumps(self._expected()))
@@ -407,13 +405,6 @@ class _Training:
                 }
             self.step = header["step"]
             self.history = [tuple(each) for each in header["history"]]
-        except OSError as error:
-            raise EditorError(f"{path}: cannot be read: {error.strerror}") from error
-        except (
-            *(EditorError, SafetensorError, ValueError, KeyError, TypeError),
-            *(AttributeError, RuntimeError, RecursionError),
-        ) as error:
-            raise EditorError(f"{path}: cannot be gone on with: {error}") from error
 
     def _expected(self) -> Mapping[str, Any]:
         """What the state of this training says."""
@@ -441,14 +432,3 @@ def _ways_to_ask(record: Record) -> tuple[str, ...]:
     """What shall say the target: the edit's own prompt and its rephrasings. Of
     rephrasings alone an editor may learn what tells them from other prompts."""
     return (record.edit.text, *record.paraphrase_prompts)
-
-
-def _check_neighbors(given: Mapping[str, Sequence[Record]]) -> None:
-    """Refuses records without neighbours."""
-    for name, records in given.items():
-        for index, record in enumerate(records):
-            if not record.neighborhood_prompts:
-                raise EditorError(
-                    f"{name} record {index} ({record.edit.text!r}) has no "
-                    "neighbourhood prompts; leave it out, or set neighbors to 0"
-                )

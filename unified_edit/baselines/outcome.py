@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -35,7 +35,7 @@ class Editing:
     frame: Frame
     fingerprint: str
     """Of the model."""
-    before: Sequence[Score]
+    before: Sequence[Score] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each stage."""
 
@@ -79,7 +79,7 @@ class Editing:
         after = self.before
         if changed:
             with applied(self.adapter.model, found, check_base=False):
-                after = self._scores()
+                after = self.scores()
         outcomes = outcomes_of(self.edits, self.before, None, after)
         report = EditReport(
             recipe=str(recipe["name"]),
@@ -95,7 +95,8 @@ class Editing:
         """Counts the wall time inside."""
         return timed(self.seconds, stage)
 
-    def _scores(self) -> Sequence[Score]:
+    def scores(self) -> Sequence[Score]:
+        """Of the edits, on the model as it is."""
         return score(
             self.adapter, self.tokenizer, self.prompts, self.targets, frame=self.frame
         )
@@ -114,12 +115,9 @@ def editing(
     check_edits(edits)
     adapter = ModelAdapter.of(model)
     adapter.check_finite()
-    prompts, targets = [e.text for e in edits], [e.target for e in edits]
+    job = Editing(adapter, tokenizer, edits, frame, model_fingerprint(model))
     with frozen(model), evaluating(model):
-        before = score(adapter, tokenizer, prompts, targets, frame=frame)
-        yield Editing(
-            adapter, tokenizer, edits, frame, model_fingerprint(model), before
-        )
+        yield replace(job, before=job.scores())
 
 
 def check_layers(layers: Sequence[int], count: int) -> None:
