@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test oldest lint typecheck world clean
+.PHONY: demo test slow oldest lint typecheck world clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -20,6 +20,9 @@ demo: $(READY)          ## the main job on the embedded models
 
 test: $(READY)          ## the default tests
 	$(BIN)/python -m pytest
+
+slow: $(READY)          ## the tests that start many processes or read thousands of files
+	$(BIN)/python -m pytest -m slow
 
 $(OLDEST)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -46,6 +46,8 @@ SINGLE, INDEX, CONFIG = (
     "model.safetensors.index.json",
     "config.json",
 )
+pytestmark = pytest.mark.slow
+
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 STATE = ".unified-edit"
 ADDRESSES = (WeightAddress("a.weight", 0, False), WeightAddress("b.weight", 1, True))

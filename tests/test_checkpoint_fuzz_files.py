@@ -43,9 +43,12 @@ from unified_edit.checkpoint.revert import recover
 from unified_edit.checkpoint.sharded import Checkpoint
 from unified_edit.errors import UpdateError
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="needs /proc and /dev"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux"), reason="needs /proc and /dev"
+    ),
+]
 
 SECONDS = 10
 MANY = 12

@@ -43,6 +43,8 @@ from unified_edit.checkpoint.sharded import Checkpoint
 from unified_edit.errors import CheckpointError
 from unified_edit.loading import Source
 
+pytestmark = pytest.mark.slow
+
 KILLS = 31
 """For each operation: so many that hit it while it ran."""
 SPREAD = 1.2

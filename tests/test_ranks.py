@@ -35,6 +35,8 @@ from unified_edit.model.rows import Row, chunks_of, make_rows
 from unified_edit.model.targets import optimize_targets
 from unified_edit.target_cache import TargetCache
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = TargetSettings("block_output", steps=4, clamp=3.0, learning_rate=0.3)
 LAYER, BAD = 1, 3
 BUDGETS = {"each edit alone": 1, "two chunks": 80, "one chunk": None}
@@ -192,7 +194,6 @@ def test_the_shares_are_what_they_shall_be() -> None:
     assert len(chunks_of(rows, BUDGETS["two chunks"] or 0)) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_process_has_what_one_alone_finds(
     alone: tuple[Path, dict[str, Any]], groups: dict[int, Path], world: int
@@ -238,7 +239,6 @@ def test_one_process_asks_nobody(alone: tuple[Path, dict[str, Any]]) -> None:
     assert same(found["found"]["afterwards"], found["found"]["two chunks"])
 
 
-@pytest.mark.slow
 def test_the_command_writes_and_answers_once(tmp_path: Path) -> None:
     place = make_workplace(tmp_path, "gpt2")
     budget = {"token-budget": 60}

@@ -30,6 +30,8 @@ from covariance_cache import StatisticsStore, store
 from covariance_cache.__main__ import app, main
 from covariance_cache.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 KILLED, PATIENCE = -signal.SIGKILL, 900
 SHORT = {"tokens": 1000, "checkpoint-every": 3}
 """Nine batches, three checkpoints; the last one holds all of them."""
