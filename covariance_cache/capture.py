@@ -39,13 +39,14 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; each module gets its own flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 @contextmanager

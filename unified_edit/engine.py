@@ -248,7 +248,8 @@ def solve_layers(
         keys: of the first layer, if known.
     """
     found: dict[int, LayerSolution] = {}
-    with _restoring(adapter, recipe.layers):
+    # The last one's is solved and never written.
+    with _restoring(adapter, recipe.layers[:-1]):
         for index, layer in enumerate(
             tqdm(recipe.layers, desc="layers", disable=not progress)
         ):
@@ -301,7 +302,7 @@ def _edit_layer(
     keys: Tensor | None,
     remaining: int,
 ) -> LayerSolution:
-    """Solves one layer on the model as edited so far, and edits it."""
+    """Solves one layer on the model as edited so far, and edits it if others remain."""
     average = recipe.key_average
     factorization = prepared.layers[layer].factorization
     # Where the factor is: a layer may be on another device.
@@ -343,7 +344,8 @@ def _edit_layer(
     update = RankKUpdate(
         found.left, found.right, keys, prepared.background[layer].to(device)
     ).to(torch.float32)
-    _add(adapter, layer, update)
+    if remaining > 1:  # the layers after it see it
+        _add(adapter, layer, update)
     certificate = solution.certificate
     regularizer = Regularizer.parse(recipe.regularizer)
     if regularizer is not None:
