@@ -34,7 +34,7 @@ oldest: $(OLDEST)/.ready ## every family on the oldest transformers supported
 	$(OLDEST)/bin/python -m pytest tests/test_conformance.py \
 		tests/test_conformance_files.py tests/test_target_families.py \
 		tests/test_adapter.py tests/test_engine.py tests/test_wrapped.py \
-		tests/test_tracing.py
+		tests/test_tracing.py tests/test_gradients.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -218,9 +218,9 @@ def test_rows_stay_apart(tiny64: Tiny) -> None:
         for name in names:
             both, single = together[name], alone[name]
             assert not both.x.requires_grad and not both.delta.requires_grad
-            assert not both.delta[index, :padding].any()
-            assert near(both.x[index, padding:], single.x[0], 1e-10)
-            assert near(both.delta[index, padding:], single.delta[0], 1e-10)
+            assert not both.delta[index, length:].any()
+            assert near(both.x[index, :length], single.x[0], 1e-10)
+            assert near(both.delta[index, :length], single.delta[0], 1e-10)
             # A causal model: no token is without effect before the last label.
             assert bool(single.delta[0, -1].any())
 

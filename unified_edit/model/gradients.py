@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unified_edit.model.adapter import ModelAdapter
 from unified_edit.model.frames import PLAIN, Frame
-from unified_edit.model.hooks import by_row, frozen, wide
+from unified_edit.model.hooks import by_row, frozen, reading_at, wide
 from unified_edit.model.prompts import (
     PaddedRows,
     check_logits,
@@ -26,19 +26,19 @@ from unified_edit.model.prompts import (
     pad,
 )
 
-_NO_LABEL = -100
-
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Prompts with what shall follow them, padded on the left: targets end together."""
+    """Prompts with what shall follow them."""
 
     rows: PaddedRows
+    reads: tuple[Tensor, Tensor]
+    """Row and column of each position that predicts a target's token, row by row."""
     labels: Tensor
-    """[rows, most]: what each of the last positions shall predict; -100 for nothing."""
+    """[reads]: what it shall predict."""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rows.ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +68,19 @@ def labelled(
     pairs = continuations(tokenizer, framed, targets, frame)
     rows = [ids + target[:-1] for ids, target in pairs]
     check_rows(adapter, rows)
-    most = max(len(target) for _, target in pairs)
-    labels = [[_NO_LABEL] * (most - len(target)) + [*target] for _, target in pairs]
+    # Padded on the right, where causal attention never looks: some versions of some
+    # families go astray on rows that begin with padding, once there are gradients.
+    reads = [
+        (row, len(ids) - 1 + place)
+        for row, (ids, target) in enumerate(pairs)
+        for place in range(len(target))
+    ]
+    at, columns = torch.tensor(reads, device=adapter.device).T
+    labels = [label for _, target in pairs for label in target]
     return Labelled(
-        pad(rows, adapter.device, left=True), torch.tensor(labels).to(adapter.device)
+        pad(rows, adapter.device),
+        (at, columns),
+        torch.tensor(labels, device=adapter.device),
     )
 
 
@@ -81,16 +90,12 @@ def nll(adapter: ModelAdapter, batch: Labelled) -> Tensor:
     Raises:
         NonFiniteError: NaN or infinity in the logits.
     """
-    most = batch.labels.shape[1]
-    logits = logits_of(adapter, batch.rows, keep=most)
-    losses = nn.functional.cross_entropy(
-        wide(logits).transpose(1, 2),
-        batch.labels.to(logits.device),
-        ignore_index=_NO_LABEL,
-        reduction="none",
-    )
-    counts = (batch.labels != _NO_LABEL).sum(1).to(losses.device)
-    return losses.sum(1) / counts
+    with reading_at(adapter.head, *batch.reads):
+        logits = logits_of(adapter, batch.rows)[0]
+    labels = batch.labels.to(logits.device)
+    losses = nn.functional.cross_entropy(wide(logits), labels, reduction="none")
+    counts = batch.reads[0].bincount(minlength=len(batch)).tolist()
+    return torch.stack([each.mean() for each in torch.split(losses, counts)])
 
 
 def logits_of(adapter: ModelAdapter, rows: PaddedRows, keep: int = 0) -> Tensor:
@@ -98,7 +103,8 @@ def logits_of(adapter: ModelAdapter, rows: PaddedRows, keep: int = 0) -> Tensor:
     logits: Tensor = adapter.model(
         input_ids=rows.ids,
         attention_mask=rows.mask,
-        position_ids=rows.positions,
+        # A copy: XGLM in transformers 5.0 adds its offset in place.
+        position_ids=rows.positions.clone(),
         use_cache=False,
         logits_to_keep=keep,
     ).logits
