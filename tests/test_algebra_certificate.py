@@ -8,6 +8,7 @@ import pytest
 import torch
 from algebra_helpers import CASES, LAMBDA, Method, make_problem
 
+from unified_edit.algebra.certificate import through
 from unified_edit.algebra.factorization import factorize
 from unified_edit.algebra.objective import (
     LeastSquares,
@@ -185,3 +186,16 @@ def test_same_inputs_same_bytes():
     assert torch.equal(one.update.left, two.update.left)
     assert torch.equal(one.update.right, two.update.right)
     assert one.certificate == two.certificate
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_times_a_moment_of_another_precision(
+    size: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(size)
+    rows = torch.randn(3, size, dtype=torch.float64, generator=generator)
+    moment = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    moment = moment.to(dtype)
+    expected = rows @ moment.double()
+    assert torch.allclose(through(rows, moment), expected, rtol=1e-12, atol=1e-12)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unified_edit.algebra.certificate import mean_second_moment
+from unified_edit.algebra.certificate import mean_second_moment, through
 from unified_edit.algebra.regularize import Regularizer
 from unified_edit.algebra.update import RankKUpdate
 from unified_edit.engine import LayerSolution
@@ -109,7 +109,7 @@ def _inner(change: RankKUpdate, one: RankKUpdate, moment: Tensor | None) -> floa
     the factors."""
     right = one.right.double()
     if moment is not None:
-        right = right @ moment.to(right)
+        right = through(right, moment.to(right.device))
     across = change.left.double().T @ one.left.double()
     return float((across * (change.right.double() @ right.T)).sum())
 

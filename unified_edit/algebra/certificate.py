@@ -13,6 +13,9 @@ from unified_edit.algebra.factorization import Factorization
 from unified_edit.algebra.objective import NullSpace, Preservation, SecondMoment
 from unified_edit.algebra.update import RankKUpdate
 
+_FEW = 128
+"""Rows of C that are converted at a time."""
+
 
 @dataclass(frozen=True)
 class WeightScale:
@@ -30,7 +33,7 @@ class WeightScale:
         moment = mean_second_moment(preservation)
         square = None
         if moment is not None:
-            square = float(((weight @ moment.to(weight.dtype)) * weight).sum())
+            square = float((through(weight, moment) * weight).sum())
         return cls(float(weight.norm()), square)
 
 
@@ -157,9 +160,20 @@ def background_change(update: RankKUpdate, preservation: Preservation) -> float 
     moment = mean_second_moment(preservation)
     if moment is None:
         return None
-    moment = moment.to(update.left.dtype)
-    inner = (update.left.T @ update.left) * (update.right @ moment @ update.right.T)
-    return float(inner.sum())
+    across = through(update.right, moment) @ update.right.T
+    return float(((update.left.T @ update.left) * across).sum())
+
+
+def through(rows: Tensor, moment: Tensor) -> Tensor:
+    """rows · C [n, d_key] in the rows' dtype. C of another is converted by the few
+    rows, which a cache holds, and never copied whole."""
+    if moment.dtype == rows.dtype:
+        return rows @ moment
+    found = torch.zeros_like(rows)
+    parts = zip(torch.split(rows, _FEW, 1), torch.split(moment, _FEW), strict=True)
+    for part, few in parts:
+        found.addmm_(part, few.to(rows.dtype))
+    return found
 
 
 def _residual_errors(
