@@ -217,7 +217,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         edits = [edits[i] for i in kept]
 
         def series(key: str, of: str, found: Any = found) -> list[float | None]:
-            return [line[key] and line[key][of][0] for line in found]
+            return [(line[key] or {}).get(of, [None])[0] for line in found]
 
         s, said = series("earlier", "s"), series("earlier", "rewrite_accuracy")
         skills = [skills_of(line) for line in found]

@@ -326,6 +326,21 @@ def test_a_sequence_ends_below_a_score(
     assert [line["edits"] for line in found] == [0, 2, 4]
 
 
+def test_records_may_have_no_neighbours(embedded: Embedded, tmp_path: Path) -> None:
+    """S is not known then, and nothing is stopped by it."""
+    records = [
+        replace(record, neighborhood_prompts=())
+        for record in embedded.stream.records[:10]
+    ]
+    session = embedded.begin(recipe("rome", PRESET, steps=1), guard=OFF)
+    found = run_sequence(
+        session, records, Plan(batch_size=5, stop_below=1.0), tmp_path / "run"
+    )
+    assert [line["edits"] for line in found] == [0, 5, 10]
+    for line in found[1:]:
+        assert "es" in line["earlier"] and "s" not in line["earlier"], line
+
+
 def test_checkpoints_may_sample_earlier_edits(
     embedded: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

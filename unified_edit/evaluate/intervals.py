@@ -105,8 +105,10 @@ def mean_of(values: Sequence[float | None]) -> float:
 
 
 def harmonic_mean(parts: Sequence[float]) -> float:
-    """0 if a part is."""
-    if any(part == 0 for part in parts):
+    """NaN if a part is; else 0 if a part is."""
+    if any(map(math.isnan, parts)):
+        return math.nan
+    if 0 in parts:
         return 0.0
     return len(parts) / sum(1 / part for part in parts)
 

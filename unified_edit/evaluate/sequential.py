@@ -188,11 +188,19 @@ def run_sequence(
             late = seconds is not None and time.perf_counter() - begun > seconds
             if late or plan.is_checkpoint(session.state.steps, steps):
                 run.checkpoint()
-                s = run.checkpoints[-1]["earlier"]
-                bar.set_postfix(S=f"{s['s'][0]:.3f}" if s else "-", refresh=False)
+                s = _s(run.checkpoints[-1])
+                bar.set_postfix(S="-" if s is None else f"{s:.3f}", refresh=False)
             if late:
                 break
     return run.checkpoints
+
+
+def _s(checkpoint: Mapping[str, Any]) -> float | None:
+    """S over all edits so far; None without edits, or where none of them has
+    paraphrases, or neighbours, to be asked."""
+    scores = checkpoint["earlier"] or {}
+    mean: float | None = scores.get("s", (None,))[0]
+    return mean
 
 
 @dataclass
@@ -282,7 +290,8 @@ class _Run:
         limit, last = self.plan.stop_below, self.checkpoints[-1]
         if limit is None or last["edits"] < FEWEST_EDITS:
             return False
-        return bool(last["earlier"]) and last["earlier"]["s"][0] < limit
+        s = _s(last)
+        return s is not None and s < limit
 
     def step(self, target_cache: TargetStore | None) -> None:
         """Edits the next batch in, and writes its line."""
