@@ -192,19 +192,22 @@ def editors_table(result: dict[str, Any], kind: str) -> list[str]:
 def sequence_table(result: dict[str, Any]) -> list[str]:
     """Markdown of a sequence experiment."""
     lines = [
-        "| configuration | edits held at S ≥ .8 | forgetting | collapse | edits made "
-        "| S | skills | unrelated | drift | refused | overhead |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| configuration | edits held at S ≥ .8 | and skills within 3 points "
+        "| forgetting | collapse | edits made | S | skills | unrelated | drift "
+        "| refused | overhead |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, last in result["last"].items():
         open_end = "≥ " if name in result["not_ended"] else ""
+        held, able = result["held"][name], result["held_with_skills"][name]
         onsets = ["–" if each is None else str(each) for each in result["onsets"][name]]
-        lines.append(
-            f"| {name} | {open_end}{result['held'][name]} | {onsets[0]} | {onsets[1]} "
-            f"| {last['edits']} | {last['s']:.3f} | {last['skills']:.3f} "
-            f"| {last['unrelated']:.3f} | {last['drift']:.2f} | {last['refused']} "
-            f"| {100 * result['overhead'][name]:.0f} % |"
-        )
+        cells = [
+            *(name, f"{open_end}{held}", f"{open_end if able == held else ''}{able}"),
+            *(*onsets, last["edits"], f"{last['s']:.3f}", f"{last['skills']:.3f}"),
+            *(f"{last['unrelated']:.3f}", f"{last['drift']:.2f}", last["refused"]),
+            f"{100 * result['overhead'][name]:.0f} %",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 

@@ -340,9 +340,9 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=4000)
     parser.add_argument("--one-word", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0, help="Of the stream.")
-    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--at-most", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=21.0)
+    parser.add_argument("--minutes", type=float, default=23.0)
     parser.add_argument("--configurations", nargs="+")
     parser.add_argument(
         "--set", nargs="+", default=[], help="Settings, key=value, in each of them."
