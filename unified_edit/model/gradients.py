@@ -33,7 +33,8 @@ class Labelled:
 
     rows: PaddedRows
     reads: tuple[Tensor, Tensor]
-    """Row and column of each position that predicts a target's token, row by row."""
+    """Row and column of each position that predicts a target's token, row by row; on
+    the CPU, where they are counted."""
     labels: Tensor
     """[reads]: what it shall predict."""
 
@@ -75,7 +76,7 @@ def labelled(
         for row, (ids, target) in enumerate(pairs)
         for place in range(len(target))
     ]
-    at, columns = torch.tensor(reads, device=adapter.device).T
+    at, columns = torch.tensor(reads).T
     labels = [label for _, target in pairs for label in target]
     return Labelled(
         pad(rows, adapter.device),
