@@ -31,16 +31,19 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from unified_edit.evaluate.runs import Run
 
 WORLD = Path(__file__).parents[1] / "examples" / "tinyworld"
 AT_LEAST = 0.8
@@ -173,85 +176,46 @@ def run(task: Task) -> tuple[str, list[dict[str, Any]]]:
     return task.name, found
 
 
-def spent(folder: Path) -> dict[str, float]:
+def spent(run: Run) -> dict[str, float]:
     """Seconds of a run's step, by stage."""
-    lines = (folder / "steps.jsonl").read_text().splitlines()
     found: dict[str, float] = {}
-    for line in lines:
-        for stage, seconds in json.loads(line)["seconds"].items():
-            found[stage] = found.get(stage, 0.0) + seconds / len(lines)
+    for step in run.steps:
+        for stage, seconds in step["seconds"].items():
+            found[stage] = found.get(stage, 0.0) + seconds / len(run.steps)
     return found
 
 
-def read_runs(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """Checkpoints of all runs in a folder, and seconds of a step, by name."""
-    found, seconds = {}, {}
-    for path in sorted(folder.glob("*/run.json")):
-        name = json.loads(path.read_bytes())["name"]
-        lines = (path.parent / "checkpoints.jsonl").read_text().splitlines()
-        found[name] = [json.loads(line) for line in lines]
-        seconds[name] = spent(path.parent)
-    return found, seconds
-
-
-def skills_of(checkpoint: dict[str, Any]) -> float:
-    """Mean over skills."""
-    return sum(checkpoint["skills"].values()) / len(checkpoint["skills"])
-
-
-def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """Edits held, onsets and what was left of skills, for each configuration."""
-    from unified_edit.evaluate.onset import ability, held, onsets
+    from unified_edit.evaluate.onset import held
 
     names = ("held", "held_with_skills", "onsets", "last", "curves")
     answer: dict[str, Any] = {name: {} for name in names}
     answer["not_ended"] = []
-    for name, found in runs.items():
-        edits = [line["edits"] for line in found]
-        kept = [
-            i
-            for i in range(len(found))
-            if i == len(found) - 1 or edits[i + 1] > edits[i]
-        ]
-        found = [found[i] for i in kept]
-        edits = [edits[i] for i in kept]
-
-        def series(key: str, of: str, found: Any = found) -> list[float | None]:
-            return [(line[key] or {}).get(of, [None])[0] for line in found]
-
-        s, said = series("earlier", "s"), series("earlier", "rewrite_accuracy")
-        skills = [skills_of(line) for line in found]
-        general, _ = ability(
-            skills,
-            [line["unrelated"][0] for line in found],
-            [line["perplexity"] for line in found],
-        )
-        holding = held(edits, s, AT_LEAST)
-        times = onsets(edits, said, general)
+    for run in runs:
+        name, holding = run.name, held(run.edits, run.mean("earlier.s"), AT_LEAST)
+        curves: dict[str, Any] = {
+            "edits": run.edits,
+            "s": run.mean("earlier.s"),
+            "rewrite_accuracy": run.mean("earlier.rewrite_accuracy"),
+            "unrelated": run.mean("unrelated"),
+            "skills": run.skills(),
+            "drift": run.drift(),
+        }
+        skills = curves["skills"]
+        able = held(run.edits, skills, skills[0] - SKILLS_DROP)
         answer["held"][name] = holding.edits
-        able = held(edits, skills, skills[0] - SKILLS_DROP)
         answer["held_with_skills"][name] = min(holding.edits, able.edits)
         if not holding.ended:
             answer["not_ended"].append(name)
-        answer["onsets"][name] = [times.forgetting, times.collapse]
-        within = [line for line in found if line["edits"] <= holding.edits]
-        answer["curves"][name] = {
-            "edits": edits,
-            "s": s,
-            "rewrite_accuracy": said,
-            "unrelated": [line["unrelated"][0] for line in found],
-            "skills": skills,
-            "drift": [max(line["drift"].values()) for line in found],
-        }
+        answer["onsets"][name] = [run.found.forgetting, run.found.collapse]
+        answer["curves"][name] = curves
         answer["last"][name] = {
-            "edits": edits[-1],
-            "s": s[-1],
-            "skills_before": skills_of(found[0]),
-            "skills_held": skills_of(within[-1]),
-            "skills": skills_of(found[-1]),
-            "unrelated": found[-1]["unrelated"][0],
-            "drift": max(found[-1]["drift"].values()),
-            "refused": found[-1]["guard"]["refused"],
+            **{key: curves[key][-1] for key in ("edits", "s")},
+            "skills_before": skills[0],
+            "skills_held": skills[run.edits.index(holding.edits)],
+            **{key: curves[key][-1] for key in ("skills", "unrelated", "drift")},
+            "refused": run.mean("guard.refused")[-1],
         }
     return answer
 
@@ -358,14 +322,15 @@ def main() -> None:
     # Before torch is loaded, here and in the processes that inherit it.
     os.environ["OMP_NUM_THREADS"] = "1"
     from benchmarks.report import print_json, processor, versions
+    from unified_edit.evaluate.runs import read_runs
 
     with tempfile.TemporaryDirectory() as temporary:
         runs = arguments.runs or Path(temporary) / "runs"
         if not arguments.summarize:
             measure(arguments, runs, Path(temporary) / "statistics", console)
-        found, seconds = read_runs(runs)
-    answer = summary(found)
-    if {"rome_original", "memit"} < found.keys():
+        found = read_runs(runs)
+    answer, seconds = summary(found), {run.name: spent(run) for run in found}
+    if {"rome_original", "memit"} < seconds.keys():
         answer = {**compared(answer), **answer}
     answer |= {
         "seconds_per_step": seconds,
