@@ -188,6 +188,7 @@ def spent(run: Run) -> dict[str, float]:
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """Edits held, onsets and what was left of skills, for each configuration."""
     from unified_edit.evaluate.onset import held
+    from unified_edit.evaluate.runs import refused
 
     names = ("held", "held_with_skills", "onsets", "last", "curves")
     answer: dict[str, Any] = {name: {} for name in names}
@@ -215,7 +216,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
             "skills_before": skills[0],
             "skills_held": skills[run.edits.index(holding.edits)],
             **{key: curves[key][-1] for key in ("skills", "unrelated", "drift")},
-            "refused": run.mean("guard.refused")[-1],
+            "refused": refused(run.steps),
         }
     return answer
 
